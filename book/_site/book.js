@@ -1,0 +1,34 @@
+// Loaded on every page, deferred: mends what the theme leaves unclear to a screen reader.
+
+function mend() {
+  // The visible words must be part of the name: drop labels that replace them.
+  for (const button of document.querySelectorAll("summary[aria-label], .search-button-field")) {
+    button.removeAttribute("aria-label");
+  }
+  // The switch shows one of three icons; their titles are no text of the button.
+  for (const icon of document.querySelectorAll(".theme-switch-button [title]")) {
+    icon.removeAttribute("title");
+  }
+  for (const icon of document.querySelectorAll(".theme-switch-button svg")) {
+    icon.querySelector("title")?.remove();
+    icon.removeAttribute("aria-labelledby");
+    icon.setAttribute("aria-hidden", "true");
+  }
+  // Sphinx calls the bibliography a list without list items.
+  for (const list of document.querySelectorAll(".citation-list[role=list]")) {
+    list.removeAttribute("role");
+  }
+}
+
+// What scrolls sideways can be reached by keyboard.
+function reachable() {
+  for (const box of document.querySelectorAll("mjx-container[display], .cell_output")) {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  }
+}
+
+mend();
+window.addEventListener("load", () => {
+  mend();
+  (window.MathJax?.startup?.promise ?? Promise.resolve()).then(reachable);
+});

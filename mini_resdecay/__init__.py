@@ -1,0 +1,21 @@
+"""Residual shortcuts, and what they do to the features of deep nets.
+
+The code behind the book. One idea a file; a file imports only from files above it in this list,
+so it can be read from top to bottom:
+
+    data         image sets as uint8 tensors, seeded batches, augmentation of whole batches
+    shortcuts    the heart: alpha schedules, path masks and `Residual`, the one block of every net
+    toy          the spiral and the linear residual net
+    cnn          a small residual CNN
+    train        one training loop for everything; the step is passed in
+    reuse        the diagnosis: similarity maps, effective rank, skip-one-block, probes by layer
+    results      recorded runs: written, checked, compared, opened
+    figures      arrays in, picture out, with alt text
+    widgets      figures that move without a kernel
+    checks       answers to exercises: right, or the name of the mistake
+    experiments  named experiments with their source, expectation and cost
+    __main__     the command line: `python -m mini_resdecay list`
+"""
+
+__version__ = "0.1.0"
+REPO = "https://github.com/mini-resdecay/mini-resdecay"

@@ -1,0 +1,93 @@
+"""Command line: `python -m mini_resdecay list | show NAME | run NAME … | report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from . import experiments, results
+from .experiments import EXPERIMENTS, TIERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a mistake in it is one line on stderr and exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"{stop or 'stopped'}; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mini_resdecay", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("list", help="all experiments").set_defaults(command=_list)
+    show = commands.add_parser("show", help="one experiment: source, expectation, cost, recipes")
+    show.add_argument("name")
+    show.set_defaults(command=_show)
+    run = commands.add_parser("run", help="run one seed and write its result")
+    run.add_argument("name")
+    run.add_argument("--tier", default="cpu", help=f"{', '.join(TIERS)} (default: cpu)")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--data", help="folder of image sets (default: MINI_RESDECAY_DATA)")
+    run.add_argument("--out", default="runs", help="folder of results (default: runs)")
+    run.add_argument("--resume", action="store_true", help="skip what is done, go on if stopped")
+    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe")
+    run.set_defaults(command=_run)
+    report = commands.add_parser("report", help="recorded results, mean and spread over seeds")
+    report.add_argument("--out", help="folder of results (default: those of the book)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _list(options: argparse.Namespace) -> None:
+    for name, experiment in EXPERIMENTS.items():
+        print(f"{name:22} {experiment.minutes:5g} min  {experiment.expects}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    experiment = experiments.get(options.name)
+    print(f"{experiment.name}\n  source:  {experiment.source}\n  expects: {experiment.expects}")
+    print(f"  cost:    {experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB (tier t4)")
+    print(f"  seeds:   {', '.join(map(str, experiment.seeds))}")
+    for tier, recipe in experiment.tiers.items():
+        print(f"  {tier + ':':8} {json.dumps(asdict(recipe))}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    path = experiments.run(
+        options.name,
+        tier=options.tier,
+        seed=options.seed,
+        data=options.data,
+        out=options.out,
+        resume=options.resume,
+        changes=options.set,
+    )
+    print(f"wrote {path}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    print(f"{'study':10} {'arm':15} {'metric':24} {'mean':>8} {'sd':>8}  n")
+    for experiment in EXPERIMENTS.values():
+        try:
+            runs = results.load_runs(experiment.study, experiment.arm, options.out)
+        except ValueError:
+            print(f"{experiment.study:10} {experiment.arm:15} not recorded")
+            continue
+        for metric in ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy"):
+            mean, sd, n = results.summary(runs, metric)
+            print(
+                f"{experiment.study:10} {experiment.arm:15} {metric:24} {mean:8.4f} {sd:8.4f}  {n}"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,504 @@
+"""Image sets as uint8 tensors, seeded batches, and augmentation of whole batches.
+
+    train = load("cifar10", "train")                 # .images [50000, 3, 32, 32] uint8
+    batches = Batches(train, size=128, steps=1000, seed=0, augment=flip)
+    images, labels = batches[7]                      # depends on (seed, 7) and nothing else
+
+`digits` and `shapes` need no files. The other sets are read from a local folder (argument `root`,
+or the variable MINI_RESDECAY_DATA), else fetched with Hugging Face `datasets`. Only parquet, IDX,
+JPEG and PNG are read: nothing in a data folder is executed or unpickled.
+"""
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+Augment = Callable[[Tensor, Generator], Tensor]
+_Shape = tuple[int, int, int]  # H, W, C
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images uint8 [N, C, H, W] with labels int64 [N], each an index into `classes`.
+
+    Raises ValueError if a shape, a type or a label does not fit.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    split: str
+
+    def __post_init__(self) -> None:
+        x, y = self.images, self.labels
+        types, shapes_fit = (x.dtype, y.dtype), x.ndim == 4 and y.shape == x.shape[:1]
+        if types != (torch.uint8, torch.int64) or not shapes_fit or not len(y):
+            got = f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
+            raise ValueError(f"images, labels must be uint8 [N, C, H, W], int64 [N], got {got}")
+        if y.min() < 0 or y.max() >= len(self.classes):
+            got = f"{y.min()}…{y.max()}"
+            raise ValueError(f"labels must lie in 0…{len(self.classes) - 1}, got {got}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, n: int, seed: int) -> "ImageSet":
+        """The first `n` images of a permutation seeded by `seed`.
+
+        Raises ValueError if n is not in 1…N.
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n must be in 1…{len(self)}, got {n}")
+        kept = torch.randperm(len(self), generator=_generator(seed))[:n]
+        return ImageSet(self.images[kept], self.labels[kept], self.classes, self.name, self.split)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over shapes, pixels and labels: what a run was trained on."""
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            digest.update(str(list(tensor.shape)).encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Source:
+    hub: str
+    column: str  # of the images, in the parquet files
+    test: str  # what the hub calls the split that we test on
+    shape: _Shape
+    classes: tuple[str, ...] = ()
+    every: int = 1  # of the hub's classes, this one in so many
+
+
+_FASHION = "T-shirt/top trouser pullover dress coat sandal shirt sneaker bag boot"
+_CIFAR = "airplane automobile bird cat deer dog frog horse ship truck"
+_SOURCES = {
+    "fashion-mnist": _Source(
+        "zalando-datasets/fashion_mnist", "image", "test", (28, 28, 1), tuple(_FASHION.split())
+    ),
+    "cifar10": _Source("uoft-cs/cifar10", "img", "test", (32, 32, 3), tuple(_CIFAR.split())),
+    "tiny-imagenet-100": _Source("zh-plus/tiny-imagenet", "image", "valid", (64, 64, 3), every=2),
+}
+NAMES = ("digits", "shapes", *_SOURCES, "imagefolder")
+
+
+def load(name: str, split: str, root: str | Path | None = None, *, size: int = 64) -> ImageSet:
+    """One split ("train" or "test") of an image set, whole and in memory, in its stored order.
+
+    `root` (default: the variable MINI_RESDECAY_DATA) is the folder that holds `name/`, or that
+    folder itself; with neither, the set comes from the Hugging Face hub. `digits` and `shapes`
+    ignore it. "imagefolder" is any root/split/class/*.jpg or *.png, scaled and centre-cropped to
+    `size` pixels; its split is the folder's name. tiny-imagenet-100 is every second class of
+    tiny-imagenet, tested on the validation images. Decoded images are kept under
+    MINI_RESDECAY_CACHE (default ~/.cache/mini_resdecay).
+
+    Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError for a
+    missing or empty folder, ConnectionError where the hub is needed and out of reach.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    if name != "imagefolder" and split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if name == "digits":
+        return _digits(split)
+    if name == "shapes":
+        return shapes(10_000, 0)[0] if split == "train" else shapes(2_000, 1, "test")[0]
+    root = root or os.environ.get("MINI_RESDECAY_DATA", "")
+    if not root and name != "imagefolder":
+        return _from_hub(name, split)
+    folder = Path(root).expanduser()
+    if not root or not folder.is_dir():
+        raise FileNotFoundError(f"root (or MINI_RESDECAY_DATA) must be a folder, got {str(root)!r}")
+    folder = folder / name if (folder / name).is_dir() else folder
+    try:
+        if name == "imagefolder":
+            return _image_folder(split, folder, size)
+        return _idx(split, folder) if name == "fashion-mnist" else _parquet(name, split, folder)
+    except ValueError as error:
+        raise ValueError(f"{name} in {folder}: {error}") from error
+
+
+# ---- sets that need no files ----
+
+
+def _digits(split: str) -> ImageSet:
+    """scikit-learn's 8×8 digits, 1437 to train and 360 to test, the same share of each class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    parts = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
+    x, y = (torch.from_numpy(part) for part in (parts[::2] if split == "train" else parts[1::2]))
+    images = (x * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    return ImageSet(images, y.long(), tuple("0123456789"), "digits", split)
+
+
+SHAPES = ("circle", "square", "triangle", "cross")
+
+
+def shapes(n: int, seed: int = 0, split: str = "train") -> tuple[ImageSet, dict[str, Tensor]]:
+    """`n` RGB images 32×32 of one coloured shape on grey, and the factors that drew each.
+
+    Factors, each [n]: shape (index into SHAPES, equally often), x and y (centre, pixels, 10…22),
+    size (half-width, pixels, 4…9), hue (0…1, full saturation), background (grey, 0…0.5).
+
+    Raises ValueError if n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    generator = _generator(seed)
+    x, y, size, hue, grey = torch.rand(5, n, generator=generator)
+    kind = torch.randperm(n, generator=generator) % len(SHAPES)
+    factors = {"shape": kind, "x": 10 + 12 * x, "y": 10 + 12 * y, "size": 4 + 5 * size}
+    factors |= {"hue": hue, "background": grey / 2}
+    inside = _coverage(kind, factors["x"], factors["y"], factors["size"])
+    # Fully saturated colour: red, green and blue are ramps around the circle of hues.
+    colour = (((6 * hue + torch.tensor([[0.0], [4.0], [2.0]])) % 6 - 3).abs() - 1).clamp(0, 1)
+    colour, back = rearrange(colour, "c n -> n c 1 1"), rearrange(grey / 2, "n -> n 1 1 1")
+    images = (255 * (back + inside * (colour - back))).round().to(torch.uint8)
+    return ImageSet(images, kind, SHAPES, "shapes", split), factors
+
+
+def _coverage(kind: Tensor, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
+    """How much of each pixel lies inside the shape, [n, 1, 32, 32] in [0, 1]."""
+    grid = torch.arange(32) + 0.5
+    dx, dy = grid - x.view(-1, 1, 1), grid[:, None] - y.view(-1, 1, 1)
+    r, wide, high = size.view(-1, 1, 1), dx.abs(), dy.abs()
+    # Distance to the edge in pixels, positive inside; the two arms of a cross overlap.
+    across = torch.minimum(r - wide, r / 3 - high)
+    upright = torch.minimum(r / 3 - wide, r - high)
+    circle, square = r - (dx**2 + dy**2).sqrt(), r - torch.maximum(wide, high)
+    triangle, cross = torch.minimum(r - dy, (r + dy) / 2 - wide), torch.maximum(across, upright)
+    distance = torch.stack([circle, square, triangle, cross])[kind, torch.arange(len(kind))]
+    return (distance + 0.5).clamp(0, 1)[:, None]
+
+
+# ---- sets in files ----
+
+# Encoded images, each with the place to name if it is damaged.
+_Items = list[tuple[str, bytes | Path]]
+_Rows = tuple[_Items, list[int], tuple[str, ...]]  # with labels and the names of all classes
+
+
+def _idx(split: str, folder: Path) -> ImageSet:
+    """Fashion-MNIST from its authors' four files."""
+    prefix = "train" if split == "train" else "t10k"
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"images must be [N, 28, 28], got {list(images.shape)}")
+    classes = _SOURCES["fashion-mnist"].classes
+    return ImageSet(images[:, None], labels.long(), classes, "fashion-mnist", split)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """A gzipped IDX array of bytes: magic 00 00 08 ndim, then each size as 4 big-endian bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        raw = bytearray(gzip.decompress(path.read_bytes()))
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("not an IDX file of bytes")
+        shape = np.frombuffer(raw, ">u4", raw[3], offset=4)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+
+
+def _parquet(name: str, split: str, folder: Path) -> ImageSet:
+    """A set stored as on the hub: <split>-0000i-of-0000n.parquet, in the folder or one below."""
+    source = _SOURCES[name]
+    pattern = f"{'train' if split == 'train' else source.test}-*.parquet"
+    files = sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+    if not files:
+        raise FileNotFoundError(f"no {pattern} of {name} in {folder} or a folder inside it")
+    whole = files[0].stem.rpartition("-of-")[2]
+    if whole.isdigit() and int(whole) != len(files):  # a shard alone is useful, but say so
+        warnings.warn(f"{folder} holds {len(files)} of {int(whole)} {pattern}", stacklevel=3)
+    classes = source.classes
+    if not classes:  # lines of label, WordNet id, names: the first name
+        lines = (folder / "classes.tsv").read_text(encoding="utf-8").splitlines()
+        classes = tuple(line.split("\t")[-1].split(",")[0] for line in lines)
+
+    def read() -> _Rows:
+        items, labels = [], []
+        for path in files:
+            more_items, more_labels = _read_parquet(path, source.column)
+            items += more_items
+            labels += more_labels
+        return items, labels, classes
+
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return _kept(name, split, source.shape, [classes, contents], read)
+
+
+def _read_parquet(path: Path, column: str) -> tuple[_Items, list[int]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return _columns(parquet.ParquetFile(path).read(["label", column]), column, path.name)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"{path.name} is damaged or of another set: {error}") from error
+
+
+def _columns(table: Any, column: str, place: str) -> tuple[_Items, list[int]]:
+    """Images and labels of an Arrow table whose image column is a struct {bytes, path}."""
+    from pyarrow import compute
+
+    images, labels = compute.struct_field(table[column], "bytes"), table["label"]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} labels are missing")
+    items = [(f"{place} row {row}", image) for row, image in enumerate(images.to_pylist())]
+    return items, labels.cast("int64").to_pylist()
+
+
+def _image_folder(split: str, folder: Path, size: int) -> ImageSet:
+    """root/split/class/image; other files are passed over; all splits share one list of classes."""
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    suffixes = (".jpg", ".jpeg", ".png")
+    found = [p.relative_to(folder) for p in folder.glob("*/*/*") if p.suffix.lower() in suffixes]
+    files = sorted(path for path in found if not any(part[0] == "." for part in path.parts))
+    if not files:
+        raise FileNotFoundError(f"{folder} must hold split/class/image.jpg or .png, got none")
+    splits = sorted({path.parts[0] for path in files})
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
+    classes = tuple(sorted({path.parts[1] for path in files}))
+    number = {name: label for label, name in enumerate(classes)}
+    files = [path for path in files if path.parts[0] == split]
+
+    items: _Items = [(str(path), folder / path) for path in files]
+    labels = [number[path.parts[1]] for path in files]
+    stats = [(folder / path).stat() for path in files]
+    key = [items, classes, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    return _kept("imagefolder", split, (size, size, 3), key, lambda: (items, labels, classes))
+
+
+def _from_hub(name: str, split: str) -> ImageSet:
+    """A set from the Hugging Face hub; once decoded and kept, it needs no network again."""
+    source = _SOURCES[name]
+
+    def read() -> _Rows:
+        rows = _hub_rows(name, source.hub, "train" if split == "train" else source.test)
+        items, labels = _columns(rows.with_format("arrow")[:], source.column, source.hub)
+        names = source.classes or tuple(rows.features["label"].names)
+        chosen = [i for i, label in enumerate(labels) if label % source.every == 0]
+        labels = [labels[i] // source.every for i in chosen]
+        return [items[i] for i in chosen], labels, names[:: source.every]
+
+    return _kept(name, split, source.shape, [source.hub], read)
+
+
+def _hub_rows(name: str, hub: str, split: str) -> Any:
+    """The rows of a hub set, or a ConnectionError within seconds where the hub is out of reach."""
+    try:
+        import datasets
+
+        # Alone, `datasets` retries for half a minute; when told it is offline, it does not try.
+        if not datasets.config.HF_HUB_OFFLINE:
+            with contextlib.suppress(HTTPError):  # a refusal is an answer too
+                urlopen(datasets.config.HF_ENDPOINT, timeout=5).close()
+        return datasets.load_dataset(hub, split=split)
+    except Exception as error:  # whatever the hub's client raises, the remedy is the same
+        raise ConnectionError(
+            f"{name} cannot be fetched from the Hugging Face hub ({hub}: {error}); give root, "
+            f"or set MINI_RESDECAY_DATA, to a local folder that holds {name}/"
+        ) from error
+
+
+# ---- decoding, once ----
+
+
+def _kept(
+    name: str, split: str, shape: _Shape, key: list[Any], read: Callable[[], _Rows]
+) -> ImageSet:
+    """What `read` finds, decoded to `shape` [H, W, C]; kept in a file named by `key`."""
+    folder = Path(os.environ.get("MINI_RESDECAY_CACHE") or "~/.cache/mini_resdecay").expanduser()
+    digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
+    path = folder / f"{name}-{split}-{digest}.safetensors"
+    kept = _read_cache(path, name, split)
+    if kept is None:
+        items, labels, classes = read()
+        kept = ImageSet(_decode(items, shape), torch.tensor(labels), classes, name, split)
+        _write_cache(path, kept)
+    return kept
+
+
+def _decode(items: _Items, shape: _Shape) -> Tensor:
+    """JPEG or PNG images, from memory or from files, as uint8 [N, C, H, W]."""
+    pixels = np.empty((len(items), *shape), np.uint8)
+    bar = tqdm(items, "decoding images", disable=not sys.stdout.isatty(), delay=5)
+    for row, (place, source) in enumerate(bar):
+        try:
+            pixels[row] = _pixels(source, shape)
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image {place} is damaged: {error}") from error
+    return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").contiguous()
+
+
+def _pixels(source: bytes | Path, shape: _Shape) -> np.ndarray:
+    """One image; files of any size are scaled and cropped, bytes must have the size already."""
+    height, width, channels = shape
+    mode = "RGB" if channels == 3 else "L"
+    stream = source if isinstance(source, Path) else io.BytesIO(source)
+    # Only these two formats: for some others Pillow starts outside programs.
+    with Image.open(stream, formats=("JPEG", "PNG")) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+        if isinstance(source, Path):
+            image.draft(mode, (2 * width, 2 * height))  # a JPEG shrinks while it is decoded
+            return np.asarray(ImageOps.fit(image.convert(mode), (width, height)))
+        if image.size != (width, height):
+            raise ValueError(f"it must be {width}×{height} pixels, got {image.size}")
+        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(shape)
+
+
+def _read_cache(path: Path, name: str, split: str) -> ImageSet | None:
+    """What is kept at `path`, or None where it is missing, cut or altered."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
+        return kept if notes["seal"] == _seal(kept) else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_cache(path: Path, kept: ImageSet) -> None:
+    """Whole or not at all; a full or read-only disk costs the cache, not the data."""
+    notes = {"classes": json.dumps(kept.classes), "seal": _seal(kept)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            draft = Path(folder) / path.name
+            save_file({"images": kept.images, "labels": kept.labels}, draft, notes)
+            draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{kept.name} is not kept in {path.parent}: {error}", stacklevel=4)
+
+
+def _seal(kept: ImageSet) -> str:
+    return hashlib.sha256(f"{kept.fingerprint} {kept.classes}".encode()).hexdigest()
+
+
+# ---- batches ----
+
+
+class Batches(Sequence[tuple[Tensor, Tensor]]):
+    """`steps` batches of (images uint8 [B, C, H, W], labels [B]), each a function of (seed, i).
+
+    Every epoch is a new permutation without its incomplete last batch. As batch i needs no
+    earlier one, a run resumes by starting at i. `augment(images, generator)` gets a generator
+    seeded by (seed, i).
+
+    Raises ValueError for size not in 1…N, steps < 0 or seed < 0; IndexError outside 0…steps − 1.
+    """
+
+    def __init__(
+        self, dataset: ImageSet, size: int, steps: int, seed: int, augment: Augment | None = None
+    ) -> None:
+        if not 1 <= size <= len(dataset):
+            raise ValueError(f"size must be in 1…{len(dataset)} (the set's length), got {size}")
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0, got {steps}")
+        self.dataset, self.size, self.steps = dataset, size, steps
+        self.seed, self.augment = seed, augment
+        self._epoch, self._order = 0, self._permutation(0)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # no slices
+        if not 0 <= i < self.steps:
+            raise IndexError(f"batch index must be in 0…{self.steps - 1}, got {i}")
+        epoch, place = divmod(i, len(self.dataset) // self.size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        chosen = self._order[place * self.size : (place + 1) * self.size]
+        images, labels = self.dataset.images[chosen], self.dataset.labels[chosen]
+        if self.augment is not None:
+            images = self.augment(images, _generator(self.seed, 1, i))
+        return images, labels
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.dataset), generator=_generator(self.seed, 0, epoch))
+
+
+def _generator(*seeds: int) -> Generator:
+    """A generator of its own for every tuple of seeds."""
+    if min(seeds) < 0:
+        raise ValueError(f"seed must be at least 0, got {min(seeds)}")
+    # torch seeds its CPU generator with 32 bits only, so the numbers are mixed, not packed.
+    return Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+
+
+# ---- augmentation of whole batches ----
+
+
+def shift(images: Tensor, pixels: int, generator: Generator | None = None) -> Tensor:
+    """Each image of [B, C, H, W] moved by −pixels…pixels along both axes, zeros moving in.
+
+    Raises ValueError if pixels is not in 0…min(H, W) − 1.
+    """
+    batch, _, height, width = images.shape
+    if not 0 <= pixels < min(height, width):
+        raise ValueError(f"pixels must be in 0…{min(height, width) - 1}, got {pixels}")
+    top, left = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator).to(images.device)
+    padded = F.pad(images, (pixels,) * 4)
+    # All (2·pixels + 1)² shifted views of every image, as strides and not as copies.
+    views = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return views[torch.arange(batch, device=images.device), :, top, left]
+
+
+def flip(images: Tensor, generator: Generator | None = None) -> Tensor:
+    """Each image of [B, C, H, W] mirrored left to right with probability 1/2."""
+    chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0…255 as float32 in [-1, 1]; float images that are in [-1, 1] already pass.
+
+    Raises ValueError for another type, for NaN or infinity, and for floats outside [-1, 1].
+    """
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    if not (images.abs() <= 1).all():  # NaN compares as False
+        got = f"{images.min():.3g}…{images.max():.3g}"
+        raise ValueError(f"float images must lie in [-1, 1] without NaN, got {got}")
+    return images.float()

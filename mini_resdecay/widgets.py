@@ -1,0 +1,64 @@
+"""Figures that move in a static page: no kernel, no server, only frames drawn beforehand."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    import ipywidgets
+
+
+def stepper(
+    pngs: Sequence[bytes], alts: Sequence[str], labels: Sequence[str], description: str
+) -> "ipywidgets.VBox":
+    """A slider over frames: PNGs of one size, each with its description and its slider label.
+
+    The browser moves it by itself (`jslink`), so it works in the built book and from a phone;
+    on a keyboard: Tab to the slider, then the arrow keys. `figures.frames()` makes the frames.
+    Raises ValueError if the three lists differ in length, or the frames in size;
+    ImportError if ipywidgets is not installed.
+    """
+    if not 2 <= len(pngs) == len(alts) == len(labels):
+        raise ValueError("pngs, alts and labels must be equally many and at least 2, "
+                         f"got {len(pngs)}, {len(alts)} and {len(labels)}")
+    widgets = _ipywidgets()
+    width, height = _common_size(pngs)
+    pictures = [widgets.HTML(_img(png, alt, width, height))
+                for png, alt in zip(pngs, alts, strict=True)]
+    slider = widgets.SelectionSlider(
+        options=[(label, i) for i, label in enumerate(labels)], index=0, description=description,
+        tooltip=description,
+        style={"description_width": "initial"}, layout={"width": "100%", "max_width": "36em"})
+    stack = widgets.Stack(children=pictures, selected_index=0, layout={"width": "100%"})
+    widgets.jslink((slider, "index"), (stack, "selected_index"))
+    return widgets.VBox([slider, stack])
+
+
+def _ipywidgets() -> Any:
+    try:
+        import ipywidgets
+    except ImportError as error:
+        raise ImportError(
+            "a figure that moves needs the package ipywidgets: pip install ipywidgets"
+        ) from error
+    return ipywidgets
+
+
+def _common_size(pngs: Sequence[bytes]) -> tuple[int, int]:
+    sizes = [Image.open(io.BytesIO(png)).size for png in pngs]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"pngs must all have one size, got {sorted(set(sizes))} pixels")
+    return sizes[0]
+
+
+def _img(png: bytes, alt: str, width: int, height: int) -> str:
+    if not alt.strip():
+        raise ValueError(f"alts must each describe their frame, got {alt!r}")
+    data = base64.b64encode(png).decode("ascii")
+    # ipywidgets.Image has no alt attribute; an <img> inside an HTML widget has.
+    return (f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{width}" '
+            f'height="{height}" style="max-width:100%;height:auto">')

@@ -1,0 +1,466 @@
+"""Recorded runs: written whole, refused when touched, compared with the right statistics."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from mini_resdecay import REPO, __version__, results
+from mini_resdecay.results import (
+    Run,
+    check_fingerprint,
+    compare,
+    environment,
+    index,
+    load_runs,
+    paired_interval,
+    read,
+    summary,
+    value,
+    write,
+)
+
+RUN = Run(
+    study="reuse",
+    arm="plain",
+    seed=0,
+    data={"name": "digits", "train": 1000, "test": 797},
+    recipe={"depth": 6, "lr": 0.001, "widths": [16, 32, 64], "clip": None},
+    metrics={"init": {"rebound": {"cka": 0.25}}, "trained": {"rebound": {"cka": 0.5}}, "n": 3},
+    curve={"step": [1, 2, 3], "loss": [2.0, 1.5, 1.25]},
+    device="CPU, x86_64, 1 thread(s)",
+    seconds=12.5,
+    versions={"torch": "2.13.0"},
+    commit="unknown",
+    fingerprint="ab12",
+    peak_memory_gib=0.5,
+    first_losses=[2.5, 2.25, 2.0, 1.75, 1.5],
+)
+
+
+def changed(**fields: object) -> Run:
+    return dataclasses.replace(RUN, **fields)
+
+
+# ---- write and read ----
+
+
+def test_round_trip_and_place(tmp_path: Path) -> None:
+    path = write(RUN, tmp_path)
+    assert path == tmp_path / "reuse" / "plain-s0.json"
+    assert read(path) == RUN
+    content = json.loads(path.read_text())
+    assert list(content) == [field.name for field in dataclasses.fields(Run)] + ["sha256"]
+    assert [p.name for p in path.parent.iterdir()] == ["plain-s0.json"]
+
+
+def test_a_curve_is_one_line(tmp_path: Path) -> None:
+    text = write(RUN, tmp_path).read_text()
+    assert '"loss": [2.0, 1.5, 1.25]\n' in text
+    assert text.endswith("}\n")
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | finite | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+runs = st.builds(
+    Run,
+    study=st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,9}", fullmatch=True),
+    arm=st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,9}", fullmatch=True),
+    seed=st.integers(0, 99),
+    data=st.dictionaries(st.text(), plain, max_size=3),
+    recipe=st.dictionaries(st.text(), plain, max_size=3),
+    metrics=st.dictionaries(st.text(), plain, max_size=3),
+    curve=st.integers(0, 4).flatmap(
+        lambda n: st.dictionaries(st.text(), st.lists(finite, min_size=n, max_size=n), max_size=3)
+    ),
+    device=st.text(),
+    seconds=st.floats(0, 1e9),
+    versions=st.dictionaries(st.text(), st.text(), max_size=3),
+    commit=st.text(),
+    fingerprint=st.text(),
+    peak_memory_gib=st.floats(0, 1e3),
+    first_losses=st.lists(finite, min_size=5, max_size=5),
+)
+
+
+@given(run=runs)
+def test_any_run_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    path = write(run, folder)
+    again = read(path)
+    assert again == run
+    first = path.read_bytes()
+    assert write(again, folder).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seconds": math.nan}, "seconds must be finite, got nan"),
+        ({"metrics": {"a": {"b": [1.0, math.inf]}}}, r"metrics.a.b\[1\] must be finite, got inf"),
+        ({"recipe": {"widths": (16, 32)}}, r"recipe.widths must be plain JSON .* got a tuple"),
+        ({"metrics": {"acc": np.float64(0.5)}}, "metrics.acc must be plain JSON .* got a float64"),
+        ({"recipe": {3: 1}}, "recipe has the key 3; keys must be text"),
+        ({"seed": 0.5}, "seed must be a int, got 0.5"),
+        ({"seed": True}, "seed must be a int, got True"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"arm": "../../etc"}, r"arm must be of lower-case letters.* got '../../etc'"),
+        ({"study": ""}, "study must be of lower-case letters"),
+        ({"first_losses": [1.0] * 4}, r"first_losses must be five floats, got \[1.0, 1.0"),
+        ({"curve": {"step": [1], "loss": [1.0, 2.0]}}, "equal length, got {'step': 1, 'loss': 2}"),
+        ({"curve": {"step": 3}}, "curve must hold lists of equal length"),
+        ({"curve": {"step": 3, "loss": [1, 2, 3]}}, "curve must hold lists of equal length"),
+        ({"device": None}, "device must be a str, got None"),
+    ],
+)
+def test_what_does_not_fit_the_schema_is_not_written(
+    tmp_path: Path, fields: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(changed(**fields), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_number_of_seconds_is_a_number(tmp_path: Path) -> None:
+    assert read(write(changed(seconds=12), tmp_path)).seconds == 12
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"cka": 0.5', '"cka": 0.4'), ('"seed": 0', '"seed": 1'), ("1.25", "1.250001")],
+)
+def test_a_file_edited_by_hand_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path = write(RUN, tmp_path)
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"plain-s0.json was edited: .*sha256.*run the experiment"):
+        read(path)
+
+
+def test_white_space_is_no_edit(tmp_path: Path) -> None:
+    path = write(RUN, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert read(path) == RUN
+
+
+def test_a_field_gone_or_added_is_named(tmp_path: Path) -> None:
+    path = write(RUN, tmp_path)
+    content = json.loads(path.read_text())
+    content["colour"] = content.pop("device")
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="fit the schema: no device, unknown colour"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"study": "reuse"', "\x00"])
+def test_a_file_that_is_no_run(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.json is damaged: no JSON object with sha256"):
+        read(path)
+
+
+@pytest.mark.parametrize("place", ["os.fsync", "os.replace"])
+def test_full_disk_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(RUN, tmp_path)
+    monkeypatch.setattr(f"mini_resdecay.results.{place}", full)
+    with pytest.raises(OSError, match="could not write .*No space left.*is as it was"):
+        write(changed(seconds=99.0), tmp_path)
+    assert read(path) == RUN
+    assert list(path.parent.iterdir()) == [path]
+
+
+# ---- opening a study ----
+
+
+def three_arms(folder: Path) -> Path:
+    for arm in ("plain", "decay", "decay-s"):
+        for seed in (10, 2, 0):
+            write(changed(arm=arm, seed=seed), folder)
+    write(changed(study="other"), folder)
+    return folder
+
+
+def test_load_runs_sorts_by_arm_and_seed(tmp_path: Path) -> None:
+    found = load_runs("reuse", root=three_arms(tmp_path))
+    assert [(run.arm, run.seed) for run in found] == [
+        (arm, seed) for arm in ("decay", "decay-s", "plain") for seed in (0, 2, 10)
+    ]
+    assert [run.arm for run in load_runs("reuse", "decay", tmp_path)] == ["decay"] * 3
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "message"),
+    [
+        ("resue", None, "study 'resue' has no recorded run; did you mean 'reuse'?"),
+        ("xyz", None, "study 'xyz' has no recorded run; there are: other, reuse"),
+        ("reuse", "plane", "arm 'plane' has no recorded run; did you mean 'plain'?"),
+    ],
+)
+def test_a_name_with_a_typo(tmp_path: Path, study: str, arm: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_runs(study, arm, three_arms(tmp_path))
+
+
+def test_no_runs_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are none at all"):
+        load_runs("reuse", root=tmp_path)
+
+
+def test_the_checkout_is_found_from_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_arms(tmp_path / "book" / "results")
+    (tmp_path / "mini_resdecay").mkdir()
+    (tmp_path / "site-packages" / "mini_resdecay").mkdir(parents=True)
+    installed = tmp_path / "site-packages" / "mini_resdecay" / "results.py"
+    monkeypatch.setattr(results, "__file__", str(installed))
+    monkeypatch.chdir(tmp_path / "book")
+    assert len(load_runs("reuse")) == 9
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A released version somewhere on the net, no checkout here, an empty cache."""
+    folder = three_arms(tmp_path / "released")
+    base = f"https://raw.githubusercontent.com/{REPO.split('github.com/')[1]}/v{__version__}"
+    served = {
+        f"{base}/book/results/{path.parent.name}/{path.name}": path.read_bytes()
+        for path in folder.glob("*/*.json")
+    }
+    asked: list[tuple[str, float]] = []
+
+    class Answer:
+        def __init__(self, content: bytes) -> None:
+            self.content = content
+
+        def __enter__(self) -> "Answer":
+            return self
+
+        def __exit__(self, *arguments: object) -> None:
+            pass
+
+        def read(self) -> bytes:
+            return self.content
+
+    def urlopen(url: str, timeout: float) -> Answer:
+        asked.append((url, timeout))
+        return Answer(served[url])
+
+    (tmp_path / "index").write_text(index(folder))
+    monkeypatch.setattr(results, "INDEX", tmp_path / "index")
+    monkeypatch.setattr(results, "_checkout", lambda: None)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("MINI_RESDECAY_CACHE", str(tmp_path / "cache"))
+    return {"served": served, "asked": asked}
+
+
+def test_without_a_checkout_runs_are_fetched_once(release: dict) -> None:
+    found = load_runs("reuse", "decay")
+    assert [(run.arm, run.seed) for run in found] == [("decay", 0), ("decay", 2), ("decay", 10)]
+    assert all(url in release["served"] and 0 < t <= 10 for url, t in release["asked"])
+    assert len(release["asked"]) == 3
+    assert load_runs("reuse", "decay") == found
+    assert len(release["asked"]) == 3  # the second time from the cache
+
+
+def test_a_damaged_cache_is_fetched_again(release: dict, tmp_path: Path) -> None:
+    found = load_runs("other")
+    cached = next((tmp_path / "cache").rglob("*.json"))
+    cached.write_bytes(cached.read_bytes()[:-9])
+    assert load_runs("other") == found
+    assert len(release["asked"]) == 2
+
+
+def test_a_fetched_file_with_another_hash_is_refused(release: dict, tmp_path: Path) -> None:
+    url = next(url for url in release["served"] if "/other/" in url)
+    release["served"][url] = write(changed(study="other", seconds=1.0), tmp_path).read_bytes()
+    with pytest.raises(ValueError, match=f"is not the file that version {__version__} was"):
+        load_runs("other")
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+@pytest.mark.parametrize("error", [socket.gaierror("no name"), TimeoutError("timed out")])
+def test_no_network(release: dict, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def urlopen(url: str, timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(OSError, match=r"could not fetch https://raw.* Without network, clone"):
+        load_runs("other")
+
+
+def test_a_package_without_an_index_says_so(release: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "INDEX", Path("nowhere"))
+    with pytest.raises(ValueError, match="there are none at all"):
+        load_runs("reuse")
+
+
+def test_index_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    path = write(RUN, tmp_path)
+    (tmp_path / "reuse" / "weights.safetensors").write_bytes(b"not listed")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert index(tmp_path) == f"{digest}  reuse/plain-s0.json\n"
+
+
+def test_the_shipped_index_is_of_the_committed_results(root: Path) -> None:
+    folder = root / "book" / "results"
+    if not list(folder.glob("*/*.json")):
+        pytest.skip("no results are recorded yet")
+    assert results.INDEX.read_text(encoding="utf-8") == index(folder), (
+        "write mini_resdecay/results.sha256 anew: results.index('book/results')"
+    )
+
+
+def test_every_committed_result_fits_the_schema(root: Path) -> None:
+    paths = sorted((root / "book" / "results").rglob("*.json"))
+    if not paths:
+        pytest.skip("no results are recorded yet")
+    for path in paths:
+        run = read(path)
+        assert path.relative_to(root / "book" / "results") == Path(
+            run.study, f"{run.arm}-s{run.seed}.json"
+        )
+
+
+# ---- numbers ----
+
+
+def with_metric(values: list[float], arm: str = "plain", first: int = 0) -> list[Run]:
+    return [
+        changed(arm=arm, seed=first + i, metrics={"test": {"accuracy": x}})
+        for i, x in enumerate(values)
+    ]
+
+
+def test_value_follows_a_path() -> None:
+    assert value(RUN, "trained.rebound.cka") == 0.5
+    assert value(RUN, "n") == 3.0
+    with pytest.raises(ValueError, match="'cos' not among cka"):
+        value(RUN, "trained.rebound.cos")
+    with pytest.raises(ValueError, match="'x' not among a number"):
+        value(RUN, "n.x")
+    with pytest.raises(ValueError, match="must lead to a number, got dict"):
+        value(RUN, "trained.rebound")
+
+
+def test_summary() -> None:
+    assert summary(with_metric([1.0, 2.0, 6.0]), "test.accuracy") == (3.0, math.sqrt(7.0), 3)
+    assert summary(with_metric([2.0]), "test.accuracy") == (2.0, 0.0, 1)
+    with pytest.raises(ValueError, match="runs is empty"):
+        summary([], "test.accuracy")
+
+
+def test_paired_interval_of_five_is_the_sheet_s() -> None:
+    a, b = [0.9, 0.8, 0.85, 0.95, 0.7], [0.85, 0.8, 0.8, 0.85, 0.75]
+    sd = np.std(np.subtract(a, b), ddof=1)
+    found = paired_interval(a, b)
+    assert found.mean == pytest.approx(0.03, abs=1e-12)
+    assert found.half_width == pytest.approx(2.776 * sd / math.sqrt(5), rel=1e-4)
+    assert found.half_width == pytest.approx(1.24 * sd, rel=2e-3)
+
+
+pairs = st.integers(2, 12).flatmap(
+    lambda n: st.tuples(*[st.lists(st.floats(-1e3, 1e3), min_size=n, max_size=n)] * 2)
+)
+
+
+@given(pairs)
+def test_paired_interval_equals_scipy(ab: tuple[list[float], list[float]]) -> None:
+    a, b = ab
+    found = paired_interval(a, b)
+    difference = np.subtract(a, b)
+    if np.ptp(difference) <= 1e-6:
+        assert found.half_width <= 1e-5
+        return
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    scale = 1e-9 * (1 + np.abs(difference).max())
+    assert found.mean - found.half_width == pytest.approx(low, rel=1e-9, abs=scale)
+    assert found.mean + found.half_width == pytest.approx(high, rel=1e-9, abs=scale)
+    back = paired_interval(b, a)
+    assert back == pytest.approx((-found.mean, found.half_width, found.smallest_effect))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_smallest_effect_is_found_four_times_in_five(n: int) -> None:
+    # The claim itself, by simulation: the sample's sd is set to 1 to read the factor off.
+    zigzag = np.arange(n) - (n - 1) / 2
+    factor = paired_interval(zigzag / zigzag.std(ddof=1), np.zeros(n)).smallest_effect
+    draws = np.random.default_rng(0).normal(factor, 1.0, size=(20_000, n))
+    found = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_smallest_effect_is_larger_than_the_half_width() -> None:
+    found = paired_interval([1.0, 2.0, 4.0], [0.5, 2.0, 3.0])
+    assert found.smallest_effect > found.half_width > 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1.0], [2.0], r"two or more pairs, got shapes \(1,\) and \(1,\)"),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], r"got shapes \(2,\) and \(3,\)"),
+        ([[1.0, 2.0]], [[1.0, 2.0]], r"got shapes \(1, 2\)"),
+        ([1.0, math.nan], [1.0, 2.0], "must be finite"),
+    ],
+)
+def test_paired_interval_refuses(a: list, b: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_interval(a, b)
+
+
+def test_compare_pairs_by_seed() -> None:
+    a = with_metric([1.0, 2.0, 4.0])
+    b = with_metric([0.0, 1.5, 3.0], "decay")
+    assert compare(a[::-1], b, "test.accuracy") == paired_interval([1, 2, 4], [0, 1.5, 3])
+    with pytest.raises(ValueError, match=r"same seeds, each once; got \[0, 1, 2\] and \[1, 2, 3\]"):
+        compare(a, with_metric([0.0, 1.5, 3.0], "decay", first=1), "test.accuracy")
+    with pytest.raises(ValueError, match=r"each once; got \[0, 0\] and \[0, 0\]"):
+        compare([a[0], a[0]], [b[0], b[0]], "test.accuracy")
+
+
+# ---- the machine and the data ----
+
+
+def test_environment_is_part_of_a_run(tmp_path: Path) -> None:
+    found = environment()
+    assert found.keys() == {"device", "versions", "commit", "peak_memory_gib"}
+    assert read(write(changed(**found), tmp_path)).versions["mini_resdecay"] == __version__
+    assert 0.01 < found["peak_memory_gib"] < 1000
+    assert re.fullmatch(r"unknown|[0-9a-f]{40}\+?", found["commit"])
+
+
+def test_commit_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.fspath(tmp_path.parent))
+    assert environment()["commit"] == "unknown"
+
+
+def test_other_data_is_a_warning_that_says_what_it_means() -> None:
+    assert check_fingerprint(RUN, "ab12")
+    message = "reuse/plain was recorded with other data: fingerprint 'ab12', yours is 'cd34'.*JPEG"
+    with pytest.warns(UserWarning, match=message):
+        assert not check_fingerprint(RUN, "cd34")
