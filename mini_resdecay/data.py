@@ -358,31 +358,38 @@ def _kept(
 
 def _decode(items: _Items, shape: _Shape) -> Tensor:
     """JPEG or PNG images, from memory or from files, as uint8 [N, C, H, W]."""
+    height, width, channels = shape
+    sheet = Image.new("RGB" if channels == 3 else "L", (width, height))
     pixels = np.empty((len(items), *shape), np.uint8)
     bar = tqdm(items, "decoding images", disable=not sys.stdout.isatty(), delay=5)
     for row, (place, source) in enumerate(bar):
         try:
-            pixels[row] = _pixels(source, shape)
+            pixels[row] = _pixels(source, sheet).reshape(shape)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
             raise ValueError(f"image {place} is damaged: {error}") from error
     return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").contiguous()
 
 
-def _pixels(source: bytes | Path, shape: _Shape) -> np.ndarray:
-    """One image; files of any size are scaled and cropped, bytes must have the size already."""
-    height, width, channels = shape
-    mode = "RGB" if channels == 3 else "L"
+def _pixels(source: bytes | Path, sheet: Image.Image) -> np.ndarray:
+    """One image in the mode and size of `sheet`, a picture to draw on; only files are scaled."""
+    mode, size = sheet.mode, sheet.size
+    if isinstance(source, bytes) and source[:2] == b"\xff\xd8":
+        # Straight to the JPEG decoder: opening a small image costs more than decoding it. What
+        # does not decode to this very size is left to the careful path and its messages.
+        with contextlib.suppress(ValueError):
+            sheet.frombytes(source, "jpeg", (mode, ""))
+            return np.frombuffer(sheet.tobytes(), np.uint8)
     stream = source if isinstance(source, Path) else io.BytesIO(source)
     # Only these two formats: for some others Pillow starts outside programs.
     with Image.open(stream, formats=("JPEG", "PNG")) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
         if isinstance(source, Path):
-            image.draft(mode, (2 * width, 2 * height))  # a JPEG shrinks while it is decoded
-            return np.asarray(ImageOps.fit(image.convert(mode), (width, height)))
-        if image.size != (width, height):
-            raise ValueError(f"it must be {width}×{height} pixels, got {image.size}")
-        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(shape)
+            image.draft(mode, (2 * size[0], 2 * size[1]))  # a JPEG shrinks while it is decoded
+            return np.asarray(ImageOps.fit(image.convert(mode), size))
+        if image.size != size:
+            raise ValueError(f"it must be {size[0]}×{size[1]} pixels, got {image.size}")
+        return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 def _read_cache(path: Path, name: str, split: str) -> ImageSet | None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import results, reuse
 from .cnn import ResidualCNN
-from .data import Augment, Batches, ImageSet, flip, load, shift, to_float
+from .data import Batches, ImageSet, flip, load, shift, to_float
 from .shortcuts import known
 from .toy import accuracy, seeded_nets, spiral, train_together
 from .train import (
@@ -227,7 +227,7 @@ def _diagnose_spiral(
     score = partial(accuracy, net, test_x, test_y)
     return {
         "accuracy": score(),
-        "probe": [reuse.probe_accuracy(a, y, b, test_y) for a, b in zip(features, test)],
+        "probe": _probes(features, y, test, test_y),
         "returning": int(reuse.returning_nodes(features).sum()),
         "returning_paired": int(reuse.returning_nodes(features, rho=0.9).sum()),
         **_diagnose(net, features, score),
@@ -294,7 +294,7 @@ def _diagnose_images(
     score = partial(_image_accuracy, net, x, y)
     return {
         "accuracy": _image_accuracy(net, to_float(test.images), test.labels),
-        "probe": [reuse.probe_accuracy(a, fitted.labels, b, y) for a, b in zip(bank, features)],
+        "probe": _probes(bank, fitted.labels, features, y),
         **_diagnose(net, features, score),
     }
 
@@ -331,6 +331,11 @@ def _diagnose(net: nn.Module, features: list[Tensor], score: Any) -> dict[str, A
         "skip": reuse.skip_one(net, score).tolist(),
         "half": reuse.keep_random(net, score, draws=10).mean().item(),
     }  # fmt: skip
+
+
+def _probes(train: list[Tensor], y: Tensor, test: list[Tensor], test_y: Tensor) -> list[float]:
+    pairs = zip(train, test, strict=True)
+    return [reuse.probe_accuracy(a, y, b, test_y) for a, b in pairs]
 
 
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:

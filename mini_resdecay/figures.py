@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 
 Array = NDArray[np.float64]
 Arrays = Mapping[str, ArrayLike]
+Names = Sequence[str]
 
 DPI, WIDEST, SHORTEST_ALT = 150, 7.0, 40  # dots per inch, inches, characters
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
@@ -68,6 +69,7 @@ HOUSE: dict[str, Any] = {
     "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12,  # legible on a phone: few inches
     "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11,
     "legend.title_fontsize": 10, "figure.constrained_layout.h_pad": 0.08, "hatch.linewidth": 0.6,
+    "image.interpolation": "nearest",  # smoothing would more than double the file of a map
     "text.color": TEXT, "axes.labelcolor": TEXT, "axes.titlecolor": TEXT, "axes.edgecolor": GREY,
     "xtick.color": TEXT, "ytick.color": TEXT, "axes.grid": True, "grid.color": "#e6e6e6",
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
@@ -77,11 +79,11 @@ _open_frames: list[list[tuple[bytes, str]]] = []
 
 
 def house_style() -> AbstractContextManager[None]:
-    """matplotlib's defaults with the book's style on top, for as long as the context lasts."""
+    """Matplotlib's defaults with the book's style on top, for as long as the context lasts."""
     return style.context(["default", HOUSE])
 
 
-def arm_styles(names: Sequence[str]) -> dict[str, Style]:
+def arm_styles(names: Names) -> dict[str, Style]:
     """Look of each arm: its own where `ARM_STYLE` has it, else from a fixed list of seven."""
     taken = {ARM_STYLE[name].colour for name in names if name in ARM_STYLE}
     spare = sorted(OTHER_STYLES, key=lambda look: look.colour in taken)
@@ -96,7 +98,8 @@ def to_png(fig: Figure) -> bytes:
     raw, small = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, format="png", dpi=DPI, metadata={"Software": None})
     with Image.open(raw) as picture:  # MAXCOVERAGE keeps rare colours: the ends of a colour bar
-        palette = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        palette = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE,
+                                                  dither=Image.Dither.NONE)
     palette.save(small, format="PNG", optimize=True, dpi=(DPI, DPI))
     return small.getvalue()
 
@@ -131,9 +134,8 @@ def frames() -> Iterator[list[tuple[bytes, str]]]:
 
 
 @contextmanager
-def canvas(
-    rows: int = 1, columns: int = 1, *, alt: str, size: tuple[float, float], **share: Any
-) -> Iterator[NDArray[Any]]:
+def canvas(rows: int = 1, columns: int = 1, *, alt: str, size: tuple[float, float],
+           **share: Any) -> Iterator[NDArray[Any]]:
     """Axes [rows, columns] in the house style, shown when the context ends; size in inches."""
     _check_alt(alt)
     if size[0] > WIDEST:
@@ -153,9 +155,8 @@ def spiral_scatter(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], *, alt: st
             _draw_points(axis, x, y)
 
 
-def decision_maps(
-    grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str, extent: float = 1.2
-) -> None:
+def decision_maps(grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str,
+                  extent: float = 1.2) -> None:
     """Probability of class 1 over the input plane, {title: [G, G]}, with the points on top.
 
     First grid index is x2 (upwards), second x1, both from -extent to extent.
@@ -169,11 +170,9 @@ def decision_maps(
                                 location="bottom", aspect=30)
 
 
-def curves(
-    x: ArrayLike, arms: Mapping[str, Any], xlabel: str, ylabel: str, *, alt: str,
-    log: bool = False, ylim: tuple[float, float] | None = None,
-    references: Mapping[str, float] | None = None, band: bool = False,
-) -> None:
+def curves(x: ArrayLike, arms: Mapping[str, Any], xlabel: str, ylabel: str, *, alt: str,
+           log: bool = False, ylim: tuple[float, float] | None = None, band: bool = False,
+           references: Mapping[str, float] | None = None) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
     For panels side by side on the same axes give {title: {arm: [S, T]}}. `band=True` shades lowest
@@ -195,9 +194,7 @@ def curves(
         _legend_below(axes, 2 if references else 3, f"{spread}; thick: mean over seeds")
 
 
-def bars(
-    arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Sequence[str] | None = None
-) -> None:
+def bars(arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Names | None = None) -> None:
     """Bars from 0 of the mean over seeds, {arm: [S, K]}, with each seed as a point on its bar.
 
     The K positions (nodes, blocks) are numbered from 0 unless `ticks` names them.
@@ -209,7 +206,7 @@ def bars(
         for i, (arm, (colour, marker, _)) in enumerate(arm_styles(list(arms)).items()):
             values = _seeds(arm, arms[arm], count)
             place = np.arange(count) + (i - (len(arms) - 1) / 2) * width
-            axis.bar(place, np.nanmean(values, axis=0), width, color=colour, alpha=0.45)
+            axis.bar(place, values.mean(axis=0), width, color=colour, alpha=0.45)
             axis.plot(np.tile(place, len(values)), values.ravel(), marker, color=colour, label=arm,
                       markersize=3.5, markeredgecolor=TEXT, markeredgewidth=0.3)
         axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -222,25 +219,26 @@ def bars(
 
 
 def scatter_seeds(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, *, alt: str) -> None:
-    """One point per block and seed, x and y [S, K] (row = seed); Spearman's rho in the title."""
+    """One point per block and seed, x and y [S, K] (row = seed); Spearman's rho in the title.
+
+    It is nan, not defined, where all values of a seed are equal.
+    """
     across, up = _array("x", x, 2), _array("y", y, 2)
     _demand("y's shape", up.shape, across.shape)
-    pooled = spearmanr(across.ravel(), up.ravel()).statistic
-    each = [spearmanr(a, b).statistic for a, b in zip(across, up, strict=True)]
-    title = (f"Spearman ρ = {pooled:.2f} over all points,\n"
-             f"{min(each):.2f} to {max(each):.2f} within one seed")
+    each = [_spearman(a, b) for a, b in zip(across, up, strict=True)]
+    title = (f"Spearman ρ = {_spearman(across.ravel(), up.ravel()):.2f} over all points,\n"
+             f"{np.min(each):.2f} to {np.max(each):.2f} within one seed")
     with canvas(alt=alt, size=(5.6, 4.8)) as axes:
         looks = arm_styles([f"seed {i}" for i in range(len(across))])
         for (name, look), a, b in zip(looks.items(), across, up, strict=True):
-            axes[0, 0].scatter(a, b, 32, look.colour, look.marker, alpha=0.8, lw=0, label=name)
+            axes[0, 0].scatter(a, b, 32, look.colour, marker=look.marker, alpha=0.8, label=name)
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, title=title.replace("-", "−"))
         _legend_below(axes, 3)
 
 
-def heatmaps(
-    panels: Arrays, *, alt: str, label: str, limits: tuple[float, float] = (0.0, 1.0),
-    null: float | None = None, differences: Arrays | None = None, columns: int = 3,
-) -> None:
+def heatmaps(panels: Arrays, *, alt: str, label: str, limits: tuple[float, float] = (0.0, 1.0),
+             null: float | None = None, differences: Arrays | None = None,
+             columns: int = 3) -> None:
     """Layer-by-layer maps {title: [L, L]} on one colour scale; NaN is hatched grey; layer 0 = stem.
 
     `null`, the level that unrelated features reach, is marked on the colour bar. `differences` have
@@ -258,75 +256,58 @@ def heatmaps(
         mark = "" if null is None else f"\n(line: null level {null:.3f})"
         _draw_maps(first, maps, limits, label + mark, null)
         if changes:
-            top = max(float(np.nanmax(np.abs(change))) for change in changes.values()) or 1e-12
+            top = max(np.nanmax(np.abs(change), initial=1e-12) for change in changes.values())
             _draw_maps(second, changes, (-top, top), f"difference in\n{label}")
         for axis in axes[:, 0]:
             axis.set_ylabel("layer i")
 
 
-def histogram_grid(
-    features: ArrayLike, y: ArrayLike, row_labels: Sequence[str], column_labels: Sequence[str], *,
-    alt: str, baseline: ArrayLike | None = None,
-) -> None:
+def histogram_grid(features: ArrayLike, y: ArrayLike, row_labels: Names, column_labels: Names, *,
+                   alt: str, baseline: ArrayLike | None = None) -> None:
     """Densities of node values by class: features [rows, n, nodes], y [n] of 0 and 1.
 
-    The rows of a column share 40 bins; `baseline` (same shape, the untrained net) is a black line
-    over both classes. Heights are not comparable between panels. Standardise layers beforehand if
-    their magnitudes differ.
+    The rows of a column share 40 bins, whose range is printed under it; `baseline` (same shape, the
+    untrained net) is a black line over both classes. Heights are not comparable between panels.
+    Standardise layers beforehand if their magnitudes differ.
     """
     values, labels = _array("features", features, 3), _array("y", y, 1)
     start = values if baseline is None else _array("baseline", baseline, 3)
     _demand("baseline's shape", start.shape, values.shape)
-    rows, _, nodes = values.shape
-    _demand("y, row_labels and column_labels", (labels.size, len(row_labels), len(column_labels)),
-            (values.shape[1], rows, nodes))
-    edges = [_bins(values[:, :, node], start[:, :, node]) for node in range(nodes)]
-    size = (min(WIDEST, 1.3 + nodes * 0.95), 1.5 + rows * 0.75)
-    with canvas(rows, nodes, alt=alt, size=size, sharex="col") as axes:
-        for (row, node), axis in np.ndenumerate(axes):
-            before = None if baseline is None else start[row, :, node]
-            _draw_histogram(axis, values[row, :, node], labels, edges[node], before)
-        _label_grid(axes, row_labels, column_labels, size)
-        axes[-1, nodes // 2].set_xlabel("activation")
-        axes[0, 0].figure.supylabel("density", x=0.08 / size[0], ha="left", fontsize=12)
-        _legend_below(axes, 3, place="lower center")
+    _demand("y's length", labels.size, values.shape[1])
+    _demand("y's classes", sorted(set(labels.tolist())), [0.0, 1.0])
+    edges = [_bins(values[:, :, node], start[:, :, node]) for node in range(values.shape[2])]
+    ranges = [f"{low:.2g}\nto {high:.2g}".replace("-", "−") for low, *_, high in edges]
+    with _mosaic(values.shape[::2], row_labels, column_labels, ranges, alt) as (axis, cells):
+        axis.set(xlabel="activation", ylabel="density")
+        for (row, node), corner in cells:
+            samples = [values[row, labels == label, node] for label in (0, 1)]
+            before = [] if baseline is None else [start[row, :, node]]
+            _draw_histograms(axis, samples + before, edges[node], corner)
+        _legend_below(np.array([axis]), 3)
 
 
-def input_maps(
-    values: ArrayLike, row_labels: Sequence[str], column_labels: Sequence[str], *, alt: str,
-    scale: str = "column", extent: float = 1.2,
-) -> None:
+def input_maps(values: ArrayLike, row_labels: Names, column_labels: Names, *, alt: str,
+               scale: str = "column", extent: float = 1.2) -> None:
     """Value of each node over the input plane: values [rows, nodes, G, G], G points a side.
 
     Shown as a part of the largest absolute value of its "column", its "panel" or the "figure".
     First grid index is x2 (upwards), second x1, both from -extent to extent.
     """
-    maps, shared = _array("values", values, 4), {"panel": (2, 3), "column": (0, 2, 3), "figure": None}
+    maps = _array("values", values, 4)
+    shared = {"panel": (2, 3), "column": (0, 2, 3), "figure": (0, 1, 2, 3)}
     if scale not in shared:
         raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
-    rows, columns, side, _ = maps.shape
-    _demand("row_labels and column_labels", (len(row_labels), len(column_labels)), (rows, columns))
-    maps = maps / np.maximum(np.nanmax(np.abs(maps), shared[scale], keepdims=True), 1e-12)
-    step = 1.08 * side  # all maps on one axes: an axes for each would take seconds
-    size = (min(WIDEST, 1.2 + 0.95 * columns), 1.5 + rows * min(0.95, (WIDEST - 1.2) / columns))
-    with canvas(alt=alt, size=size) as axes:
-        axis = axes[0, 0]
-        for row, column in np.ndindex(rows, columns):
-            place = (column * step, column * step + side, -row * step - side, -row * step)
-            image = _draw_plane(axis, maps[row, column], place, (-1, 1))
-        axis.set(xlim=(0, columns * step), ylim=(-rows * step, 0.04 * side), aspect="equal",
-                 xlabel=f"in each map: $x_1$ across, $x_2$ up, −{extent} to {extent}")
-        axis.set_xticks(step * np.arange(columns) + side / 2, column_labels, fontsize=9)
-        axis.set_yticks(-step * np.arange(rows) - side / 2, row_labels, fontsize=9)
-        axis.tick_params(length=0, labeltop=True, labelbottom=False)
-        axis.spines[:].set_visible(False)
+    maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
+    ranges = [f"−{extent}\nto {extent}"] * maps.shape[1]
+    with _mosaic(maps.shape[:2], row_labels, column_labels, ranges, alt) as (axis, cells):
+        axis.set(xlabel="$x_1$", ylabel="$x_2$, same range")
+        for cell, (x, y) in cells:
+            image = _draw_plane(axis, maps[cell], (x, x + 1, y, y + 1), (-1, 1))
         axis.figure.colorbar(image, ax=axis, label=f"value / largest of its {scale}",
                              location="bottom", aspect=40)
 
 
-def image_grid(
-    images: Any, *, alt: str, titles: Sequence[str] | None = None, columns: int = 8
-) -> None:
+def image_grid(images: Any, *, alt: str, titles: Names | None = None, columns: int = 8) -> None:
     """Pictures in rows: [N, H, W] or [N, C, H, W], uint8 in 0 to 255 or floats in [-1, 1]."""
     pictures = _array("images", images, 4 if np.ndim(images) == 4 else 3)
     whole = str(images.dtype).endswith("uint8")
@@ -352,7 +333,7 @@ def block_diagram(*, alt: str) -> None:
             edge = {"facecolor": "white", "edgecolor": colour, "linewidth": 1.8}
             axis.set(xlim=(-1.6, 1.6), ylim=(-0.2, 4.3), title=f"block of a {arm}")
             axis.set_axis_off()
-            _arrow(axis, (0, 0.1), (0, 4.0))
+            _arrow(axis, (0, 0.1), (0, 4.0), TEXT)
             axis.text(0, 1.6, "branch\n$f(h)$", ha="center", va="center",
                       bbox=edge | {"boxstyle": "round,pad=0.8"})
             axis.text(0, -0.1, "$h$", ha="center", va="center")
@@ -361,7 +342,7 @@ def block_diagram(*, alt: str) -> None:
                 axis.text(0, 3.1, "+", ha="center", va="center", fontsize=15,
                           bbox=edge | {"boxstyle": "circle,pad=0.2"})
                 axis.plot([0, 1.2, 1.2], [0.5, 0.5, 3.1], color=colour, linewidth=1.8)
-                _arrow(axis, (1.2, 3.1), (0.3, 3.1), colour)
+                _arrow(axis, (1.2, 3.1), (0.18, 3.1), colour)
                 axis.text(1.35, 1.6, "shortcut", rotation=90, va="center")
 
 
@@ -384,16 +365,16 @@ def _array(name: str, value: Any, ndim: int) -> Array:
     return array
 
 
-def _seeds(arm: str, value: Any, points: int) -> Array:
+def _seeds(arm: str, value: Any, points: int) -> Any:
     array = _array(arm, value, 2)
     _demand(f"shape of arm {arm!r}", array.shape, (len(array), points))
-    return array
+    return np.ma.masked_invalid(array)
 
 
 def _points(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     points, labels = _array("x", x, 2), _array("y", y, 1)
     _demand("x's shape", points.shape, (labels.size, 2))
-    _demand("y's classes", sorted({0.0, 1.0} | set(labels)), [0.0, 1.0])
+    _demand("y's classes", sorted(set(labels.tolist())), [0.0, 1.0])
     return points, labels
 
 
@@ -411,15 +392,41 @@ def _bins(*samples: Array) -> Array:
     return np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, low + 0.5, 41)
 
 
-def _legend_below(axes: Any, columns: int, title: str | None = None,
-                  place: str = "outside lower center") -> None:
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    axes.flat[0].figure.legend(handles, labels, loc=place, ncols=min(columns, len(labels)),
-                               title=title)
+def _spearman(x: Array, y: Array) -> float:
+    return float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
+
+
+def _legend_below(axes: NDArray[Any], columns: int, title: str | None = None) -> None:
+    entries: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    axes.flat[0].figure.legend(entries.values(), entries.keys(), loc="outside lower center",
+                               ncols=min(columns, len(entries)), title=title)
 
 
 @contextmanager
-def _planes(titles: Sequence[str], reach: float, alt: str, extra: float) -> Iterator[Any]:
+def _mosaic(shape: tuple[int, ...], row_labels: Names, column_labels: Names, ranges: Names,
+            alt: str) -> Iterator[tuple[Axes, list[Any]]]:
+    """One axes with a unit square for each cell: an axes for each would take seconds."""
+    _demand("row_labels and column_labels", (len(row_labels), len(column_labels)), shape)
+    across, down = 1.12 * np.arange(shape[1]), -1.12 * np.arange(shape[0])
+    size = min(WIDEST, max(4.5, 1.2 + 0.95 * shape[1])), 2.2 + shape[0] * min(0.95, 5.8 / shape[1])
+    with canvas(alt=alt, size=size) as axes:
+        axis = axes[0, 0]
+        yield axis, [((i, j), (x, y)) for i, y in enumerate(down) for j, x in enumerate(across)]
+        axis.set(xlim=(-0.06, across[-1] + 1.06), ylim=(down[-1] - 0.02, 1.02), aspect="equal")
+        axis.set_xticks(across + 0.5, ranges, fontsize=9)
+        axis.set_yticks(down + 0.5, row_labels, fontsize=9)
+        axis.tick_params(length=0)
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        for x, label in zip(across, column_labels, strict=True):
+            axis.text(x + 0.5, 1.06, label, fontsize=9, ha="center", va="bottom")
+
+
+@contextmanager
+def _planes(titles: Names, reach: float, alt: str, extra: float) -> Iterator[Any]:
     width = min(6.4, 3.8 * len(titles))
     with canvas(1, len(titles), alt=alt, size=(width, width / len(titles) + extra),
                 sharex=True, sharey=True) as axes:
@@ -434,18 +441,17 @@ def _planes(titles: Sequence[str], reach: float, alt: str, extra: float) -> Iter
 def _draw_points(axis: Axes, x: Array, y: Array) -> None:
     for label, (colour, marker) in enumerate(CLASSES):
         across, up = x[y == label].T
-        axis.scatter(across, up, 16, colour, marker, edgecolors="white", linewidths=0.4,
+        axis.scatter(across, up, 16, colour, marker=marker, edgecolors="white", linewidths=0.4,
                      label=f"class {label}")
 
 
-def _draw_arm(axis: Axes, x: Array, seeds: Array, name: str, look: Style, band: bool) -> None:
+def _draw_arm(axis: Axes, x: Array, seeds: Any, name: str, look: Style, band: bool) -> None:
     colour, marker, dash = look
     if band:
-        low, high = np.nanmin(seeds, axis=0), np.nanmax(seeds, axis=0)
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(x, seeds.min(axis=0), seeds.max(axis=0), color=colour, alpha=0.2, lw=0)
     elif len(seeds) > 1:
         axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
-    axis.plot(x, np.nanmean(seeds, axis=0), color=colour, linestyle=dash, linewidth=2.2,
+    axis.plot(x, seeds.mean(axis=0), color=colour, linestyle=dash, linewidth=2.2,
               marker=marker, markevery=max(1, len(x) // 8), label=name)
 
 
@@ -459,8 +465,7 @@ def _draw_maps(block: NDArray[Any], maps: Mapping[str, Array], limits: tuple[flo
         image = axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower")
         axis.set(title=title, xlabel="layer j")
         axis.grid(visible=False)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.locator_params(nbins=4, integer=True)
         axis.tick_params(labelbottom=True)
     bar = block.flat[0].figure.colorbar(image, ax=block, label=label, location="bottom", aspect=25)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -476,34 +481,16 @@ def _draw_plane(axis: Axes, values: Array, place: tuple[float, float, float, flo
                        origin="lower", extent=place, alpha=alpha)
 
 
-def _draw_histogram(axis: Axes, values: Array, labels: Array, edges: Array,
-                    before: Array | None) -> None:
-    for label, (colour, _) in enumerate(CLASSES):
-        density, _ = np.histogram(values[labels == label], edges, density=True)
-        axis.stairs(density, edges, fill=True, facecolor=f"{colour}66", edgecolor=colour,
-                    linewidth=0.8, linestyle="-:"[label], label=f"class {label}")
-    if before is not None:
-        density, _ = np.histogram(before, edges, density=True)
-        axis.stairs(density, edges, color=TEXT, linewidth=1.2, label="at init, both")
+def _draw_histograms(axis: Axes, samples: Sequence[Array], edges: Array,
+                     corner: tuple[float, float]) -> None:
+    heights = [np.histogram(sample, edges, density=True)[0] for sample in samples]
+    places, top = corner[0] + np.linspace(0, 1, edges.size), max(h.max() for h in heights)
+    looks = (("class 0", BLUE, "-"), ("class 1", VERMILLION, ":"), ("at init, both", TEXT, "-"))
+    for height, (label, colour, dash) in zip(heights, looks, strict=False):
+        axis.stairs(corner[1] + height / top, places, baseline=corner[1], fill=colour != TEXT,
+                    facecolor=f"{colour}66", edgecolor=colour, lw=0.9, ls=dash, label=label)
 
 
-def _label_grid(axes: NDArray[Any], row_labels: Sequence[str], column_labels: Sequence[str],
-                size: tuple[float, float]) -> None:
-    figure = axes[0, 0].figure
-    figure.set_layout_engine(None)  # margins in inches instead: the solver is slow on many axes
-    left = 0.5 + 0.08 * max(len(label) for label in row_labels)
-    figure.subplots_adjust(left / size[0], 1 / size[1], 1 - 0.1 / size[0], 1 - 0.5 / size[1])
-    for axis in axes.flat:
-        axis.grid(visible=False)
-        axis.tick_params(labelsize=9)
-        axis.set_yticks([])
-    for axis, label in zip(axes[0], column_labels, strict=True):
-        axis.set_title(label, fontsize=9)
-    for axis, label in zip(axes[:, 0], row_labels, strict=True):
-        axis.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
-
-
-def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float],
-           colour: str = TEXT) -> None:
-    axis.annotate("", end, start, zorder=0, arrowprops={
-        "arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0})
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    look = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", end, start, zorder=0, arrowprops=look)

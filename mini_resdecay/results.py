@@ -277,12 +277,11 @@ def _check_plain(at: Any, where: str) -> None:
     elif isinstance(at, list):
         for i, item in enumerate(at):
             _check_plain(item, f"{where}[{i}]")
-    elif type(at) is float and not math.isfinite(at):
+    elif isinstance(at, float) and not math.isfinite(at):
         raise ValueError(f"{where} must be finite, got {at}")
-    elif at is not None and type(at) not in (str, bool, int, float):
-        raise ValueError(
-            f"{where} must be plain JSON (no tuple, no array), got {type(at).__name__}"
-        )
+    elif at is not None and not isinstance(at, str | bool | int | float):
+        kind = type(at).__name__
+        raise ValueError(f"{where} must be plain JSON (no tuple, no array), got a {kind}")
 
 
 def _hash(content: dict[str, Any]) -> str:

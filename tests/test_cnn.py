@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from mini_resdecay.cnn import ResidualCNN
-from mini_resdecay.shortcuts import SHORTCUTS, Residual, alpha_schedule, path_mask, paths
 from torch import nn
 from torch.nn import functional as F
+
+from mini_resdecay.cnn import ResidualCNN
+from mini_resdecay.shortcuts import SHORTCUTS, Residual, alpha_schedule, path_mask, paths
 
 
 def cnn(seed: int = 0, channels: int = 3, classes: int = 10, **kwargs: object) -> ResidualCNN:

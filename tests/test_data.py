@@ -254,6 +254,20 @@ def test_parquet_pixels_are_exact_and_channels_come_first(cifar, tmp_path):
         assert images.classes[3] == "cat" and (images.name, images.split) == ("cifar10", "test")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_pixels_are_those_that_pillow_opens(mode, tmp_path):
+    smooth = np.add.outer(np.arange(32), np.arange(0, 96, 3))[..., None] + np.array([0, 60, 120])
+    rows = []
+    for quality in (75, 95):
+        buffer = io.BytesIO()
+        Image.fromarray(smooth.astype(np.uint8)).convert(mode).save(buffer, "JPEG", quality=quality)
+        rows.append(buffer.getvalue())
+    write_parquet(tmp_path / "test-0.parquet", rows, [1, 2])
+    images = load("cifar10", "test", tmp_path).images.permute(0, 2, 3, 1)
+    for row, image in zip(rows, images, strict=True):
+        assert np.array_equal(image, Image.open(io.BytesIO(row)).convert("RGB"))
+
+
 def test_the_variable_names_the_folder(cifar, tmp_path, monkeypatch):
     monkeypatch.setenv("MINI_RESDECAY_DATA", str(tmp_path / "sets"))
     assert len(load("cifar10", "test")) == 12
@@ -465,12 +479,17 @@ def test_a_cut_parquet_file_is_named(cifar, tmp_path, keep):
 
 
 GOOD = encoded(noise(32, 32, 3))
+JPEG = encoded(noise(32, 32, 3), "JPEG")
 
 
 @pytest.mark.parametrize(
     ("image", "label", "message"),
     [
         (GOOD[:700], 0, "image test-0.parquet row 1 is damaged"),
+        (JPEG[:-200], 0, "image test-0.parquet row 1 is damaged: .*truncated"),
+        (JPEG[:2], 0, "row 1 is damaged: cannot identify"),
+        (encoded(noise(16, 32, 3), "JPEG"), 0, r"it must be 32×32 pixels, got \(32, 16\)"),
+        (encoded(noise(64, 64, 3), "JPEG"), 0, r"it must be 32×32 pixels, got \(64, 64\)"),
         (b"", 0, "row 1 is damaged: cannot identify"),
         (None, 0, "row 1 is damaged"),
         (

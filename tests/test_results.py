@@ -115,7 +115,7 @@ def test_any_run_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, 
         ({"seconds": math.nan}, "seconds must be finite, got nan"),
         ({"metrics": {"a": {"b": [1.0, math.inf]}}}, r"metrics.a.b\[1\] must be finite, got inf"),
         ({"recipe": {"widths": (16, 32)}}, r"recipe.widths must be plain JSON .* got a tuple"),
-        ({"metrics": {"acc": np.float64(0.5)}}, "metrics.acc must be plain JSON .* got a float64"),
+        ({"metrics": {"acc": np.float32(0.5)}}, "metrics.acc must be plain JSON .* got a float32"),
         ({"recipe": {3: 1}}, "recipe has the key 3; keys must be text"),
         ({"seed": 0.5}, "seed must be a int, got 0.5"),
         ({"seed": True}, "seed must be a int, got True"),
@@ -378,7 +378,7 @@ def test_paired_interval_of_five_is_the_sheet_s() -> None:
     sd = np.std(np.subtract(a, b), ddof=1)
     found = paired_interval(a, b)
     assert found.mean == pytest.approx(0.03, abs=1e-12)
-    assert found.half_width == pytest.approx(2.776 * sd / math.sqrt(5), rel=1e-4)
+    assert found.half_width == pytest.approx(2.776 * sd / math.sqrt(5), rel=2e-4)
     assert found.half_width == pytest.approx(1.24 * sd, rel=2e-3)
 
 

@@ -10,6 +10,10 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import cosine_similarity
+from torch import nn
+
 from mini_resdecay.cnn import ResidualCNN
 from mini_resdecay.reuse import (
     block_influence,
@@ -40,9 +44,6 @@ from mini_resdecay.reuse import (
 )
 from mini_resdecay.shortcuts import Residual, path_mask, paths
 from mini_resdecay.toy import ResidualMLP, accuracy, spiral
-from sklearn.linear_model import Ridge
-from sklearn.metrics.pairwise import cosine_similarity
-from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:debiased CKA is noisy")
 

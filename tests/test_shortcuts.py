@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from mini_resdecay.shortcuts import (
     SHORTCUTS,
     Residual,
@@ -16,7 +18,6 @@ from mini_resdecay.shortcuts import (
     paths,
     suggest_alpha_min,
 )
-from torch import nn
 
 TABLE = {  # decay sheet 1.2, alpha_min = 0.6
     4: "1.000000 .942857 .885714 .828571 .771429 .714286 .657143 .600000",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mini_resdecay.shortcuts import Residual, alpha_schedule, path_mask, paths
-from mini_resdecay.toy import ResidualMLP, accuracy, spiral, train_together
 from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
+
+from mini_resdecay.shortcuts import Residual, alpha_schedule, path_mask, paths
+from mini_resdecay.toy import ResidualMLP, accuracy, spiral, train_together
 
 FIXTURE = Path(__file__).parent / "fixtures" / "spiral-400.csv"  # made by a script of its own
 

@@ -46,8 +46,10 @@ def kernel_environment() -> dict[str, str]:
     return kept | threads | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def peak_gib(pid: int) -> float:
-    """Highest resident memory of a process so far, in GiB (where the system tells; else now)."""
+def peak_gib(client: NotebookClient) -> float:
+    """Highest resident memory of the kernel so far, in GiB (where the system tells; else now)."""
+    assert client.km is not None
+    pid = getattr(client.km.provisioner, "pid", None)
     status = Path(f"/proc/{pid}/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 2**20
@@ -60,7 +62,7 @@ def run(notebook: NotebookNode, folder: Path) -> dict[str, float]:
 
     def watch(**_: Any) -> None:
         nonlocal peak
-        peak = max(peak, peak_gib(client.km.provisioner.pid))
+        peak = max(peak, peak_gib(client))
 
     client = NotebookClient(
         notebook,
@@ -68,6 +70,7 @@ def run(notebook: NotebookNode, folder: Path) -> dict[str, float]:
         kernel_name="python3",
         store_widget_state=True,
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
         on_cell_executed=watch,
     )

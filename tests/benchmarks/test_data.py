@@ -3,7 +3,6 @@
 import os
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pytest
@@ -60,10 +59,11 @@ def test_loading_cifar10_beats_iterating_rows(tmp_path, monkeypatch, one_thread,
         kept = min(seconds(load, "cifar10", "test", LOCAL)[0] for _ in range(3))
         assert torch.equal(ours.images, images) and torch.equal(ours.labels, labels)
         peer, first, second = [*peer, slow], [*first, decoded], [*second, kept]
-    from_parquet, from_cache = median(peer) / median(first), median(peer) / median(second)
+    # The best of each: what the machine does when nothing else asks for it.
+    from_parquet, from_cache = min(peer) / min(first), min(peer) / min(second)
     with capsys.disabled():
-        print(f"\nCIFAR-10, 10 000 images, one thread: datasets rows {median(peer):.2f} s")
-        print(f"  from parquet {median(first):.2f} s, {from_parquet:.1f} times faster (≥ 1.5)")
-        print(f"  from cache {median(second):.4f} s, {from_cache:.0f} times faster (≥ 20)")
+        print(f"\nCIFAR-10, 10 000 images, one thread: datasets rows {min(peer):.2f} s")
+        print(f"  from parquet {min(first):.2f} s, {from_parquet:.1f} times faster (≥ 1.5)")
+        print(f"  from cache {min(second):.4f} s, {from_cache:.0f} times faster (≥ 20)")
     assert from_parquet >= 1.5
     assert from_cache >= 20

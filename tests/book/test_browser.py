@@ -38,8 +38,9 @@ SWITCHES = (
 ALLOWED: dict[str, tuple[str, str]] = {}
 
 OPEN_ALL = """() => {
-    const still = '*, *::before, *::after {animation: none !important; transition: none !important}';
-    document.head.appendChild(document.createElement('style')).textContent = still;
+    const still = 'animation: none !important; transition: none !important';
+    const style = document.head.appendChild(document.createElement('style'));
+    style.textContent = `*, *::before, *::after {${still}}`;
     document.querySelectorAll('details').forEach(d => d.open = true);
     document.querySelectorAll('.toggle-hidden').forEach(d => d.classList.remove('toggle-hidden'));
 }"""
@@ -100,6 +101,7 @@ def browser(tool_missing: Callable[[str], None]) -> Iterator[Browser]:
 def open_page(browser: Browser, address: str, name: str, width: int, visit: Visit) -> Page:
     """Load a page and wait until its maths and widgets are drawn."""
     page = browser.new_page(viewport={"width": width, "height": 800})
+    page.set_default_timeout(120_000)  # two busy cores draw slowly
 
     def watch(route) -> None:  # noqa: ANN001
         if urlsplit(route.request.url).netloc == urlsplit(address).netloc:

@@ -80,9 +80,8 @@ def broken_links(page: BeautifulSoup, path: Path, site: Path) -> list[str]:
             target /= "index.html"
         if not target.is_file() or not target.is_relative_to(site.resolve()):
             found.append(f"{address}: no such file")
-        elif parts.fragment and target.suffix == ".html":
-            if unquote(parts.fragment) not in anchors(target):
-                found.append(f"{address}: no such anchor")
+        elif target.suffix == ".html" and unquote(parts.fragment) not in {"", *anchors(target)}:
+            found.append(f"{address}: no such anchor")
     return found
 
 

@@ -1,0 +1,81 @@
+"""Exercises: what the page asks for is what the solution defines and what `check` knows."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mini_resdecay.checks import EXERCISES, check
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+CHAPTERS = sorted(BOOK.glob("[0-9][0-9]-*.ipynb"))
+LABEL = re.compile(r"^:label:\s*(ex-\d\d-\d+)\s*$", re.MULTILINE)
+STUB = re.compile(r"^```python\n(def .*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def exercises(path: Path) -> dict[str, tuple[str, str]]:
+    """Label -> (text of the exercise, code of its solution)."""
+    found, label, part = {}, "", ""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if "{exercise-start}" in cell.source:
+            label, part = LABEL.findall(cell.source)[0], "text"
+            found[label] = {"text": "", "code": ""}
+        if part == "text" and cell.cell_type == "markdown":
+            found[label]["text"] += cell.source + "\n"
+        if part == "solution" and cell.cell_type == "code":
+            found[label]["code"] += cell.source + "\n"
+        if "{exercise-end}" in cell.source:
+            part = ""
+        if "{solution-start}" in cell.source:
+            label, part = re.search(r"\{solution-start\} (\S+)", cell.source)[1], "solution"
+        if "{solution-end}" in cell.source:
+            part = ""
+    return {label: (one["text"], one["code"]) for label, one in found.items()}
+
+
+ALL = {label: one for path in CHAPTERS for label, one in exercises(path).items()}
+CODE = {label: one for label, one in ALL.items() if "*Code*" in one[0]}
+
+
+def functions(code: str) -> dict[str, list[str]]:
+    """Name -> arguments of the functions that a piece of code defines."""
+    defined = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef))
+    return {node.name: [argument.arg for argument in node.args.args] for node in defined}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem[:2])
+def test_chapter_asks_for_each_kind_of_answer(path):
+    texts = [text for text, _ in exercises(path).values()]
+    assert len(texts) >= 4
+    for kind in ("*Predict*", "*Code*", "*Measure*", "*Think*"):
+        assert any(kind in text for text in texts), kind
+
+
+@pytest.mark.parametrize("label", CODE)
+def test_code_exercise_has_a_check_and_its_solution_passes_it(label):
+    assert label in EXERCISES
+    assert f'check("{label}"' in CODE[label][1]
+
+
+@pytest.mark.parametrize("label", CODE)
+def test_stub_has_the_signature_of_the_solution(label):
+    text, code = CODE[label]
+    stub = functions(STUB.search(text)[1])
+    assert len(stub) == 1
+    assert stub.items() <= functions(code).items()
+
+
+@pytest.mark.parametrize("label", CODE)
+def test_stub_runs_and_is_not_right(label):
+    stub = STUB.search(CODE[label][0])[1]
+    space: dict = {}
+    exec("import math, torch, numpy as np\nfrom torch import nn, Tensor\n" + stub, space)
+    verdict = check(label, space[next(iter(functions(stub)))])
+    assert not verdict
+    assert "nothing came back" in verdict.message
+
+
+def test_every_check_belongs_to_an_exercise():
+    assert set(EXERCISES) <= set(ALL)

@@ -1,0 +1,201 @@
+"""Named experiments and the command line: what they promise, and what they do with typos."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mini_resdecay import data, experiments, results
+from mini_resdecay.__main__ import main
+from mini_resdecay.experiments import EXPERIMENTS, ImageRecipe, SpiralRecipe, diff, recipe_of
+
+BOOK = Path(__file__).parents[1] / "book" / "results"
+RECORDED = sorted(BOOK.glob("*/*.json"))
+QUICK = ["depth=3", "width=4", "steps=6"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_says_source_expectation_and_cost(name):
+    one = EXPERIMENTS[name]
+    assert one.name == name
+    assert "arXiv" in one.source
+    assert len(one.expects) > 20
+    assert one.minutes > 0
+    assert one.memory_gib > 0
+    assert len(one.seeds) >= 3
+    assert tuple(one.tiers) == experiments.TIERS
+
+
+def test_arms_of_the_spiral_differ_in_one_idea():
+    base = recipe_of(EXPERIMENTS["spiral-relu"], "cpu")
+    assert diff(base, recipe_of(EXPERIMENTS["spiral-tanh"], "cpu")) == {
+        "activation": ("relu", "tanh")
+    }
+    assert diff(base, recipe_of(EXPERIMENTS["spiral-plain"], "cpu")) == {"residual": (True, False)}
+    assert diff(base, base) == {}
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_image_arms_differ_in_the_set_and_its_augmentation(tier):
+    fashion, cifar = (
+        recipe_of(EXPERIMENTS[f"reuse-{name}"], tier) for name in ("fashion-mnist", "cifar10")
+    )
+    assert set(diff(fashion, cifar)) == {"data", "flips"}
+
+
+def test_changes_keep_the_type_of_the_field():
+    one = EXPERIMENTS["reuse-cifar10"]
+    recipe = recipe_of(one, "t4", ["widths=8,16", "lr=0.1", "epochs=3", "flips=false"])
+    assert (recipe.widths, recipe.lr, recipe.epochs, recipe.flips) == ((8, 16), 0.1, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epoch=3", 'set must be one of .*"epoch"; did you mean "epochs"'),
+        ("epochs=many", "epochs must be of type int, got 'many'"),
+        ("flips=perhaps", "flips must be of type bool, got 'perhaps'"),
+        ("widths=a,b", "widths must be of type tuple, got 'a,b'"),
+    ],
+)
+def test_bad_change_names_key_and_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(EXPERIMENTS["reuse-cifar10"], "t4", [change])
+
+
+def test_run_writes_a_record_that_can_be_read_and_repeated(tmp_path):
+    first = results.read(experiments.run("spiral-relu", out=tmp_path / "a", changes=QUICK))
+    again = results.read(experiments.run("spiral-relu", out=tmp_path / "b", changes=QUICK))
+    assert first.metrics == again.metrics
+    assert first.first_losses == first.curve["loss"][:5]
+    assert first.recipe["depth"] == 3
+    assert len(first.metrics["trained"]["probe"]) == 4
+    assert len(first.metrics["trained"]["skip"]) == 3
+    other = results.read(experiments.run("spiral-relu", seed=1, out=tmp_path / "a", changes=QUICK))
+    assert other.first_losses != first.first_losses
+
+
+def test_resume_leaves_a_recorded_run_alone(tmp_path):
+    path = experiments.run("spiral-relu", out=tmp_path, changes=QUICK)
+    before = path.stat().st_mtime_ns
+    assert experiments.run("spiral-relu", out=tmp_path, changes=QUICK, resume=True) == path
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def little_images(monkeypatch, tmp_path):
+    """The image experiment on 96 generated shapes, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    sets = {split: data.shapes(n, n)[0] for split, n in (("train", 96), ("test", 60))}
+    monkeypatch.setattr(experiments, "load", lambda name, split, root: sets[split])
+    return ["batch=16", "epochs=2", "images=96", "measured=60", "widths=8,8", "blocks=1"]
+
+
+def test_stopped_image_run_goes_on_to_the_same_record(little_images, tmp_path, monkeypatch):
+    whole = results.read(experiments.run("reuse-cifar10", out="whole", changes=little_images))
+    real, seen = experiments._classify, []
+
+    def stops_at_nine(state, batch):
+        seen.append(state.step)
+        if state.step == 9:
+            os.kill(os.getpid(), 2)
+        return real(state, batch)
+
+    monkeypatch.setattr(experiments, "_classify", stops_at_nine)
+    assert main(["run", "reuse-cifar10", "--out", "cut", "--set", *little_images]) == 130
+    monkeypatch.setattr(experiments, "_classify", real)
+    path = experiments.run("reuse-cifar10", out="cut", resume=True, changes=little_images)
+    assert results.read(path).metrics == whole.metrics
+    assert results.read(path).curve == whole.curve
+    assert max(seen) < 12
+
+
+def test_checkpoint_of_another_recipe_is_refused(little_images):
+    experiments.run("reuse-cifar10", changes=little_images)
+    with pytest.raises(ValueError, match="experiment"):
+        experiments.run("reuse-cifar10", resume=True, out="b", changes=[*little_images, "lr=0.5"])
+
+
+def test_list_and_show_name_every_experiment(capsys):
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in EXPERIMENTS)
+    assert main(["show", "reuse-cifar10"]) == 0
+    shown = capsys.readouterr().out
+    assert '"epochs": 8' in shown
+    assert "2411.09475" in shown
+
+
+def test_typo_in_a_name_suggests_the_nearest(capsys):
+    assert main(["run", "spiral-rely"]) == 2
+    assert 'did you mean "spiral-relu"' in capsys.readouterr().err
+    assert main(["run", "spiral-relu", "--tier", "gpu"]) == 2
+    assert "tier must be one of cpu, t4, full" in capsys.readouterr().err
+
+
+def test_missing_data_folder_is_one_line(capsys, tmp_path):
+    assert main(["run", "reuse-cifar10", "--data", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "none" in error
+
+
+def test_report_prints_what_is_recorded(tmp_path, capsys):
+    for seed in (0, 1):
+        experiments.run("spiral-small", seed=seed, out=tmp_path, changes=QUICK)
+    capsys.readouterr()
+    assert main(["report", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(text for text in lines if "small" in text and "trained.accuracy" in text)
+    values = [
+        json.loads((tmp_path / "spiral" / f"small-s{seed}.json").read_text())["metrics"]["trained"]
+        for seed in (0, 1)
+    ]
+    mean = sum(value["accuracy"] for value in values) / 2
+    assert f"{mean:.4f}" in line
+    assert line.split()[-1] == "2"
+    assert any("tanh" in text and "not recorded" in text for text in lines)
+
+
+# ---- the records of the book -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_record_fits_the_schema_and_its_experiment(path):
+    run = results.read(path)
+    experiment = EXPERIMENTS[f"{run.study}-{run.arm}"]
+    assert run.seed in experiment.seeds
+    recipe = dict(run.recipe)
+    wanted = experiments._plain(dataclasses.asdict(experiment.tiers[recipe.pop("tier")]))
+    assert recipe == wanted
+    assert path.name == f"{run.arm}-s{run.seed}.json"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_seed_of_an_experiment_is_recorded(name):
+    one = EXPERIMENTS[name]
+    assert tuple(run.seed for run in results.load_runs(one.study, one.arm, BOOK)) == one.seeds
+
+
+def test_shipped_index_is_that_of_the_records():
+    assert results.INDEX.read_text() == results.index(BOOK)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_first_five_losses_of_a_record_replay(name):
+    one = EXPERIMENTS[name]
+    run = results.load_runs(one.study, one.arm, BOOK)[0]
+    recipe = recipe_of(one, run.recipe["tier"])
+    train = None
+    if isinstance(recipe, ImageRecipe):
+        if not os.environ.get("MINI_RESDECAY_DATA"):
+            pytest.skip("MINI_RESDECAY_DATA is not set: no real images to replay on")
+        train = data.load(recipe.data, "train").subset(recipe.images, 0)
+        assert results.check_fingerprint(run, train.fingerprint)
+    else:
+        assert isinstance(recipe, SpiralRecipe)
+    losses = experiments.first_losses(recipe, run.seed, train)
+    torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)
