@@ -8,6 +8,7 @@ written out: an answer that behaves like a mistake is told which one it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,201 @@ def _same(got: Any, wanted: Any, tolerance: float) -> bool:
 
 # ---- Chapter 1 -------------------------------------------------------------------------------
 
-CHAPTER_1: dict[str, Exercise] = {}
+
+def _blocks(x: Tensor, weights: Tensor, biases: Tensor, keep: float = 1.0) -> Tensor:
+    for weight, bias in zip(weights, biases, strict=True):
+        x = keep * x + torch.relu(x @ weight.T + bias)
+    return x
+
+
+def _without_shortcut(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    return _blocks(x, weights, biases, keep=0.0)
+
+
+def _shortcut_doubled(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    return _blocks(x, weights, biases, keep=2.0)
+
+
+def _weights_transposed(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    return _blocks(x, weights.mT, biases)
+
+
+def _activation_after_the_sum(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    for weight, bias in zip(weights, biases, strict=True):
+        x = torch.relu(x + x @ weight.T + bias)
+    return x
+
+
+def _shortcut_from_the_input(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    h = x
+    for weight, bias in zip(weights, biases, strict=True):
+        h = x + torch.relu(h @ weight.T + bias)
+    return h
+
+
+def _only_the_first_block(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    return _blocks(x, weights[:1], biases[:1])
+
+
+def _blocks_case(seed: int, points: int, width: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = (points, width), (depth, width, width), (depth, width)
+    x, weights, biases = (torch.randn(shape, generator=g) for shape in shapes)
+    return x, weights, biases
+
+
+def _slope(values: Tensor) -> Tensor:
+    layers = torch.arange(len(values)).double()
+    centred = layers - layers.mean()
+    return centred @ values.double() / (centred @ centred)
+
+
+def _log_slope(norms: Tensor) -> Tensor:
+    return _slope(norms.log10())
+
+
+def _slope_without_centring(norms: Tensor) -> Tensor:
+    layers = torch.arange(len(norms)).double()
+    return layers @ norms.double().log10() / (layers @ layers)
+
+
+def _slope_of_the_ends(norms: Tensor) -> Tensor:
+    return (norms[-1].log10() - norms[0].log10()) / (len(norms) - 1)
+
+
+CHAPTER_1: dict[str, Exercise] = {
+    "ex-01-2": Exercise(
+        solution=_blocks,
+        mistakes={
+            "it looks as if you left out the shortcut: each block should add to the old state.":
+                _without_shortcut,
+            "your activation comes after the sum. It belongs to the branch alone.":
+                _activation_after_the_sum,
+            "the shortcut seems to count twice in each block.": _shortcut_doubled,
+            "your shortcuts all start at x. Where does the shortcut of the second block start?":
+                _shortcut_from_the_input,
+            "your matrices seem to be transposed: row i of W should make output i.":
+                _weights_transposed,
+            "only the first block was used. Is the return inside the loop?":
+                _only_the_first_block,
+        },
+        cases=(_blocks_case(0, 3, 4, 2), _blocks_case(1, 2, 3, 3)),
+    ),
+    "ex-01-3": Exercise(
+        solution=_log_slope,
+        mistakes={
+            "that is the slope of the norms themselves. Take their logarithm first.": _slope,
+            "your unit is not decades: which base has your logarithm?":
+                lambda norms: _slope(norms.log()),
+            "you fit a line through the origin. Centre the layer numbers first.":
+                _slope_without_centring,
+            "you use the two ends only. All layers should have a say in the fit.":
+                _slope_of_the_ends,
+            "the sign is turned round. Layers are counted from the stem to the head.":
+                lambda norms: -_log_slope(norms),
+        },
+        cases=(
+            (torch.tensor([1.0, 20.0, 100.0, 3000.0]),),
+            (torch.tensor([5.0, 2.0, 1.0, 0.1, 0.09]),),
+        ),
+    ),
+    "ex-01-4": Exercise(
+        solution=0.7355,
+        mistakes={
+            "that is the accuracy on the points that you fitted. Score the test points.": 0.76,
+            "that is the level of targets 0 and 1 with a threshold at 0. Where is the middle?":
+                0.5145,
+            "your threshold is 0.5, which is the middle of 0 and 1. Your targets are -1 and 1.":
+                0.729,
+            "the line was fitted to the test points. Fit it to the training points.": 0.7455,
+            "that is pure chance: does your line give every point the same class?": 0.5,
+        },
+        tolerance=1e-3,
+    ),
+}
 
 # ---- Chapter 2 -------------------------------------------------------------------------------
 
-CHAPTER_2: dict[str, Exercise] = {}
+
+def _arm_point(u: float, arm: int) -> list[float]:
+    angle = 2 * math.pi * math.sqrt(u)
+    radius = (1 - 2 * arm) * (2 * angle + math.pi) / (5 * math.pi)
+    return [radius * math.cos(angle), radius * math.sin(angle)]
+
+
+def _arm_with_linear_angle(u: float, arm: int) -> list[float]:
+    return _arm_point(u**2, arm)
+
+
+def _arm_mirrored(u: float, arm: int) -> list[float]:
+    first, second = _arm_point(u, 0)
+    return [-first if arm else first, second]
+
+
+def _arm_without_sign(u: float, arm: int) -> list[float]:
+    return _arm_point(u, 0)
+
+
+def _arm_without_offset(u: float, arm: int) -> list[float]:
+    angle = 2 * math.pi * math.sqrt(u)
+    radius = (1 - 2 * arm) * 2 * angle / (5 * math.pi)
+    return [radius * math.cos(angle), radius * math.sin(angle)]
+
+
+def _arm_unscaled(u: float, arm: int) -> list[float]:
+    return [5 * math.pi * value for value in _arm_point(u, arm)]
+
+
+def _arm_swapped(u: float, arm: int) -> list[float]:
+    return _arm_point(u, arm)[::-1]
+
+
+def _z(x: Tensor, correction: int = 0) -> Tensor:
+    return (x - x.mean()) / x.std(correction=correction)
+
+
+def _w1(a: Tensor, b: Tensor) -> Tensor:
+    return (a.sort().values - b.sort().values).abs().mean()
+
+
+CHAPTER_2: dict[str, Exercise] = {
+    "ex-02-2": Exercise(
+        solution=_arm_point,
+        mistakes={
+            "your angle grows like u. Look at what the formula does to u before the factor 2π.":
+                _arm_with_linear_angle,
+            "your second arm is a mirror image of the first. ε multiplies both coordinates.":
+                _arm_mirrored,
+            "both of your arms are the same. What does ε do when arm is 1?": _arm_without_sign,
+            "your arms start at the origin. The radius has an offset.": _arm_without_offset,
+            "your points lie far outside the unit disc. What is the radius divided by?":
+                _arm_unscaled,
+            "your two coordinates are exchanged. Which of them takes the cosine?": _arm_swapped,
+        },
+        cases=((0.25, 0), (0.5, 1), (0.09, 1), (0.0, 0)),
+    ),
+    "ex-02-3": Exercise(
+        solution=lambda a, b: _w1(_z(a), _z(b)),
+        mistakes={
+            "you compare point by point. A histogram does not know which point is which: what "
+            "must happen to both samples first?": lambda a, b: (_z(a) - _z(b)).abs().mean(),
+            "your samples keep their own mean and scale. Make both z-scores first.": _w1,
+            "you removed the means and kept the scales. What else is in a z-score?":
+                lambda a, b: _w1(a - a.mean(), b - b.mean()),
+            "you averaged squared differences. W1 averages something else.":
+                lambda a, b: (_z(a).sort().values - _z(b).sort().values).square().mean(),
+            "you compare each value with every value of the other sample. Then even a sample "
+            "and itself are apart.": lambda a, b: (_z(a)[:, None] - _z(b)).abs().mean(),
+            "your standard deviation divides by n - 1. The measure of this book divides by n.":
+                lambda a, b: _w1(_z(a, 1), _z(b, 1)),
+        },
+        cases=(
+            (torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([2.0, 5.0, 4.0, 3.0])),
+            (torch.tensor([0.0, 1.0, 5.0, 2.0, 2.5]), torch.tensor([9.0, -3.0, 1.0, 1.0, 4.0])),
+            (torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([7.0, 5.0, 6.0, 9.0])),
+        ),
+    ),
+}  # fmt: skip
 
 # ---- Chapter 3 -------------------------------------------------------------------------------
 

@@ -537,6 +537,10 @@ def _check_fit(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None
             f"checkpoint {folder} does not fit the optimizer: parameters per group are {had} in "
             f"the checkpoint, {has} here"
         )
+    settings = [set(tree["optimizer"]["param_groups"][0]) for tree in (saved, now)]
+    if settings[0] != settings[1]:
+        odd = ", ".join(sorted(settings[0] ^ settings[1]))
+        raise ValueError(f"checkpoint {folder} is of another optimizer: only one of them has {odd}")
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_order_of_paths_is_the_order_of_the_forward_pass():
 def test_images_shrink_by_two_between_stages_and_keep_their_size_inside():
     model, shapes = cnn(), []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, inputs, out: shapes.append((inputs[0].shape, out.shape)))
+        block.register_forward_hook(lambda _, x, out: shapes.append((x[0].shape, out.shape)))
     model(images(1, size=32))
     assert all(before == after for before, after in shapes)
     assert [tuple(after[1:]) for _, after in shapes] == (
@@ -70,7 +70,7 @@ def test_images_shrink_by_two_between_stages_and_keep_their_size_inside():
 
 
 def test_down_sampling_is_always_on():
-    """With all paths off the net is stem, strided convolutions and head, and still has gradients."""
+    """With all paths off, stem, strided convolutions and head still work and have gradients."""
     model = cnn(**SMALL)
     with path_mask(model, torch.zeros(4)):
         model(images()).square().sum().backward()
@@ -88,9 +88,9 @@ def test_masks_switch_single_blocks():
     bare = model(x)
     with path_mask(model, torch.ones(4)):
         assert torch.equal(model(x), bare)
-    for l in range(4):
+    for path in range(4):
         mask = torch.ones(4)
-        mask[l] = 0
+        mask[path] = 0
         with path_mask(model, mask):
             assert not torch.allclose(model(x), bare, atol=1e-6)
     assert torch.equal(model(x), bare)

@@ -208,15 +208,15 @@ def test_cosine_equals_torchmetrics():
 def test_linear_cka_equals_hsic_with_centring_matrices(n, p, q, seed):
     x, y = normal(n, p, seed=seed).numpy(), normal(n, q, seed=seed + 1).numpy()
     h = np.eye(n) - np.ones((n, n)) / n
-    k, l = h @ x @ x.T @ h, h @ y @ y.T @ h
-    expected = np.trace(k @ l) / np.sqrt(np.trace(k @ k) * np.trace(l @ l))
+    k, m = h @ x @ x.T @ h, h @ y @ y.T @ h
+    expected = np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m))
     assert linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == near(expected)
 
 
-def hsic_u_statistic(k: np.ndarray, l: np.ndarray) -> float:
+def hsic_u_statistic(k: np.ndarray, m: np.ndarray) -> float:
     """Unbiased HSIC by its definition: the mean over all quadruples of distinct indices."""
     terms = [
-        k[i, j] * l[i, j] + k[i, j] * l[q, r] - 2 * k[i, j] * l[i, q]
+        k[i, j] * m[i, j] + k[i, j] * m[q, r] - 2 * k[i, j] * m[i, q]
         for i, j, q, r in itertools.permutations(range(len(k)), 4)
     ]
     return float(np.mean(terms))
@@ -225,9 +225,9 @@ def hsic_u_statistic(k: np.ndarray, l: np.ndarray) -> float:
 @pytest.mark.parametrize(("n", "p", "q", "seed"), [(5, 2, 3, 0), (5, 1, 1, 1), (6, 3, 2, 2)])
 def test_debiased_cka_equals_the_u_statistic(n, p, q, seed):
     x, y = normal(n, p, seed=seed).numpy(), normal(n, q, seed=seed + 9).numpy()
-    k, l = x @ x.T, y @ y.T
-    product = hsic_u_statistic(k, k) * hsic_u_statistic(l, l)
-    expected = hsic_u_statistic(k, l) / math.sqrt(product)
+    k, m = x @ x.T, y @ y.T
+    product = hsic_u_statistic(k, k) * hsic_u_statistic(m, m)
+    expected = hsic_u_statistic(k, m) / math.sqrt(product)
     assert debiased_cka(torch.from_numpy(x), torch.from_numpy(y)) == near(expected)
 
 
@@ -396,9 +396,9 @@ def test_node_distance_equals_scipy():
     features[2] = features[2] ** 3 + 1
     found = node_distance(features)
     assert found.shape == (3, 4, 4) and found.dtype == torch.float64
-    for j, l, m in itertools.product(range(3), range(4), range(4)):
-        a, b = (scipy.stats.zscore(features[i][:, j].numpy()) for i in (l, m))
-        assert found[j, l, m].item() == near(scipy.stats.wasserstein_distance(a, b), 1e-10)
+    for j, a, b in itertools.product(range(3), range(4), range(4)):
+        z = [scipy.stats.zscore(features[i][:, j].numpy()) for i in (a, b)]
+        assert found[j, a, b].item() == near(scipy.stats.wasserstein_distance(*z), 1e-10)
 
 
 def test_node_correlation_equals_numpy():
@@ -413,8 +413,7 @@ def test_node_correlation_equals_numpy():
 def test_scale_of_the_distance_between_equal_laws():
     """Sheet 3.7: two samples of 400 from N(0, 1): mean 0.089, 95th percentile 0.148."""
     raw = [
-        scipy.stats.wasserstein_distance(*normal(2, 400, seed=seed).numpy())
-        for seed in range(400)
+        scipy.stats.wasserstein_distance(*normal(2, 400, seed=seed).numpy()) for seed in range(400)
     ]
     assert np.mean(raw) == near(0.089, 0.005)
     assert np.quantile(raw, 0.95) == near(0.148, 0.02)

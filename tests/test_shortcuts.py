@@ -435,9 +435,9 @@ def test_nested_masks_restore_the_outer_one():
     assert not torch.equal(net(x), outer)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(5), torch.ones(7), torch.ones(1, 6), torch.tensor(1.0)])
-def test_wrong_mask_length_is_an_error_and_changes_nothing(mask):
-    net, x = stack(), points()
+@pytest.mark.parametrize("shape", [(5,), (7,), (1, 6), ()])
+def test_wrong_mask_length_is_an_error_and_changes_nothing(shape):
+    net, x, mask = stack(), points(), torch.ones(shape)
     bare = net(x)
     with pytest.raises(ValueError, match=r"mask must .*6 .*got"), path_mask(net, mask):
         pass

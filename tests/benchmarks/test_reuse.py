@@ -27,14 +27,14 @@ def plain_cka(x: Tensor, y: Tensor) -> Tensor:
 
 def plain_debiased_cka(x: Tensor, y: Tensor) -> Tensor:
     """The formula of Song et al. as it stands: Gram matrices without their diagonals."""
-    n, k, l = len(x), x @ x.T, y @ y.T
-    k, l = k - torch.diag(k.diagonal()), l - torch.diag(l.diagonal())
+    n, grams = len(x), (x @ x.T, y @ y.T)
+    k, m = (gram - torch.diag(gram.diagonal()) for gram in grams)
 
     def hsic(a: Tensor, b: Tensor) -> Tensor:
         first = (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
         return first - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
 
-    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
+    return hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt()
 
 
 PEERS = {

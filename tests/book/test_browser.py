@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from pages import ROOT, toc_pages
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page, Request, sync_playwright
 
 pytestmark = pytest.mark.browser
 
@@ -33,6 +33,8 @@ SWITCHES = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # Offline: no name resolves, and only this machine answers.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 # What the theme itself breaks and we cannot mend: rule -> (selector, upstream report).
 ALLOWED: dict[str, tuple[str, str]] = {}
@@ -87,30 +89,29 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(tool_missing: Callable[[str], None]) -> Iterator[Browser]:
-    """One headless Chromium for all pages."""
+def browser(tool_missing: Callable[[str], None]) -> Iterator[BrowserContext]:
+    """One headless Chromium for all pages, with one cache."""
     binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if binary is None:
         tool_missing("no Chromium on this machine (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=binary, args=list(SWITCHES))
-        yield chromium
+        yield chromium.new_context()
         chromium.close()
 
 
-def open_page(browser: Browser, address: str, name: str, width: int, visit: Visit) -> Page:
+def open_page(browser: BrowserContext, address: str, name: str, width: int, visit: Visit) -> Page:
     """Load a page and wait until its maths and widgets are drawn."""
-    page = browser.new_page(viewport={"width": width, "height": 800})
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": 800})
     page.set_default_timeout(120_000)  # two busy cores draw slowly
 
-    def watch(route) -> None:  # noqa: ANN001
-        if urlsplit(route.request.url).netloc == urlsplit(address).netloc:
-            route.continue_()
-        else:
-            visit.foreign.append(route.request.url)
-            route.abort()
+    def watch(request: Request) -> None:
+        where = urlsplit(request.url)
+        if where.scheme not in {"data", "blob"} and where.netloc != urlsplit(address).netloc:
+            visit.foreign.append(request.url)
 
-    page.route(lambda url: not url.startswith("data:"), watch)
+    page.on("request", watch)
     page.on("pageerror", lambda error: visit.errors.append(str(error)))
     page.on("response", lambda r: visit.errors.append(r.url) if r.status >= 400 else None)
     page.on("console", lambda m: visit.errors.append(m.text) if m.type == "error" else None)
@@ -123,7 +124,7 @@ def open_page(browser: Browser, address: str, name: str, width: int, visit: Visi
 
 
 @pytest.fixture(scope="module")
-def visits(browser: Browser, address: str) -> Callable[[str, int], Visit]:
+def visits(browser: BrowserContext, address: str) -> Callable[[str, int], Visit]:
     """Visit a page at a width, once for all tests."""
     seen: dict[tuple[str, int], Visit] = {}
     pictures = os.environ.get("MINI_RESDECAY_SCREENSHOTS")
