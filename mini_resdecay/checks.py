@@ -290,6 +290,147 @@ CHAPTER_2: dict[str, Exercise] = {
 
 # ---- Chapter 3 -------------------------------------------------------------------------------
 
-CHAPTER_3: dict[str, Exercise] = {}
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def _cka(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x), _centred(y)
+    return (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+def _cka_not_centred(x: Tensor, y: Tensor) -> Tensor:
+    return (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+def _cka_cross_not_squared(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x), _centred(y)
+    return (y.T @ x).norm() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+def _cka_own_norms_squared(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x), _centred(y)
+    return (y.T @ x).norm() ** 2 / ((x.T @ x).norm() ** 2 * (y.T @ y).norm() ** 2)
+
+
+def _cka_over_feature_norms(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x), _centred(y)
+    return (y.T @ x).norm() ** 2 / (x.norm() ** 2 * y.norm() ** 2)
+
+
+def _cosine_of_flattened(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x).flatten(), _centred(y).flatten()
+    return (x @ y) / (x.norm() * y.norm())
+
+
+def _cka_case(seed: int, n: int, d: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    return x + 1.0, y + 0.5 * x
+
+
+def _rise_after_low(r: Tensor) -> Tensor:
+    return (r - r.cummin(0).values).max()
+
+
+def _rise_from_the_lowest(r: Tensor) -> Tensor:
+    return r[r.argmin() :].max() - r.min()
+
+
+def _fall_after_high(r: Tensor) -> Tensor:
+    return (r.cummax(0).values - r).max()
+
+
+def _entropy(share: Tensor) -> Tensor:
+    return -(share * share.log()).sum()
+
+
+def _spectrum(x: Tensor) -> Tensor:
+    return torch.linalg.svdvals(x)
+
+
+def _shares(values: Tensor) -> Tensor:
+    return values / values.sum()
+
+
+def _effective_rank(x: Tensor) -> Tensor:
+    return _entropy(_shares(_spectrum(x))).exp()
+
+
+CHAPTER_3: dict[str, Exercise] = {
+    "ex-03-2": Exercise(
+        solution=_cka,
+        mistakes={
+            "your features keep their offset. What does the c in X_c stand for?": _cka_not_centred,
+            "the norm of the cross product should be squared.": _cka_cross_not_squared,
+            "below the line the norms are squared, and they should not be.":
+                _cka_own_norms_squared,
+            "below the line you have norms of the features. Take those of X_c^T X_c and Y_c^T Y_c.":
+                _cka_over_feature_norms,
+            "that is the square root of CKA. Compare it with the formula once more.":
+                lambda x, y: _cka(x, y).sqrt(),
+            "that is a cosine of flattened features. It sees rotations, and CKA should not.":
+                _cosine_of_flattened,
+            "nothing is normalised yet: twice the features, four times the value.":
+                lambda x, y: (_centred(y).T @ _centred(x)).norm() ** 2,
+        },
+        cases=(_cka_case(0, 12, 3), _cka_case(1, 9, 4)),
+    ),
+    "ex-03-3": Exercise(
+        solution=_rise_after_low,
+        mistakes={
+            "that is highest minus lowest anywhere. The low has to come first.":
+                lambda r: r.max() - r.min(),
+            "you look at the last layer only. The profile may rise and fall again before it.":
+                lambda r: r[-1] - r.min(),
+            "that is the largest fall: your minimum runs over the layers that come later.":
+                _fall_after_high,
+            "that is how far the profile falls below its start. How far does it come back?":
+                lambda r: r[0] - r.min(),
+            "that is the largest single step up. A rise may take several layers.":
+                lambda r: r.diff().max().clamp(min=0),
+            "you start from the lowest point of all. A higher low may come before a larger rise.":
+                _rise_from_the_lowest,
+        },
+        cases=tuple(
+            (torch.tensor(r, dtype=torch.float64),)
+            for r in (
+                [1, 0.9, 0.5, 0.6, 0.55, 0.8],
+                [0.4, 0.9, 0.3, 0.6, 0.2],
+                [0.2, 0.9, 0.5, 0.6],
+            )
+        ),
+    ),
+    "ex-03-4": Exercise(
+        solution=_effective_rank,
+        mistakes={
+            "those are shares of the squares: take the singular values themselves.":
+                lambda x: _entropy(_shares(_spectrum(x).square())).exp(),
+            "your singular values do not sum to 1 yet. An entropy needs shares.":
+                lambda x: _entropy(_spectrum(x)).exp(),
+            "your logarithm has base 2 and your exponential base e. Use one base for both.":
+                lambda x: (_entropy(_shares(_spectrum(x))) / math.log(2)).exp(),
+            "that is the entropy, in nats. One step is left to a number of dimensions.":
+                lambda x: _entropy(_shares(_spectrum(x))),
+            "you centred the columns first. That is another quantity, centre=True in the package.":
+                lambda x: _effective_rank(_centred(x)),
+            "that is the participation ratio, a cousin that listens to large directions more.":
+                lambda x: _shares(_spectrum(x).square()).square().sum().reciprocal(),
+        },
+        cases=((_cka_case(2, 7, 3)[0],), (_cka_case(3, 5, 4)[1] / 4,)),
+    ),
+    "ex-03-5": Exercise(
+        solution=14_592.0,
+        mistakes={
+            "that is d / n = 0.05. The width stands below the line as well.": 15_360.0,
+            "points and width are swapped: more points should lower the level.": 768 / 19,
+            "that brings the level to 0.5, ten times too high.": 768.0,
+            "that is the number of points for a level of 0.01. The text asks for 0.05.":
+                768 * 99.0,
+        },
+        tolerance=1e-4,
+    ),
+}
 
 EXERCISES: dict[str, Exercise] = {**CHAPTER_1, **CHAPTER_2, **CHAPTER_3}

@@ -27,7 +27,8 @@ class ResidualCNN(nn.Module):
 
     The convolutions that halve the image between stages stand outside the blocks: they are never
     switched off, so that every shortcut is the identity. GroupNorm keeps no running statistics,
-    which masks would spoil. Raises ValueError for widths that are no multiples of 8, or no blocks.
+    which masks would spoil.
+    Raises ValueError for widths that are no multiples of 8, and for counts below 1.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class ResidualCNN(nn.Module):
         super().__init__()
         if any(width < GROUPS or width % GROUPS for width in widths) or not widths:
             raise ValueError(f"widths must be multiples of {GROUPS}, got {tuple(widths)}")
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}")
+        for name, count in (("channels", channels), ("classes", classes), ("blocks", blocks)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         alphas = alpha_schedule(len(widths) * blocks, alpha_min, per="block")
         rules = iter(make_rules(shortcut, alphas))
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)

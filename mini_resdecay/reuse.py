@@ -40,6 +40,8 @@ def layer_features(
     Raises ValueError for unknown modules or pool, and for a module that does not run just once.
     """
     known("pool", str(pool), ("None", "mean", "cls"))
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     names = list(modules or ["stem", *(f"blocks.{i}" for i in range(len(_blocks(model))))])
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
     with evaluating(model), _recorded(model, taken, pool):
@@ -157,6 +159,8 @@ def similarity_map(
     The four measures of this file are computed for all pairs at once, any other one pair by
     pair. A cell is NaN where a layer is constant, or where a cosine meets two widths.
     """
+    if not features:
+        raise ValueError("features must hold at least one layer, got none")
     if measure in _MAPS:
         return _MAPS[measure](features)
     upper = [[measure(x, y) for y in features[i:]] for i, x in enumerate(features)]
@@ -222,7 +226,7 @@ def _overlaps(layers: Sequence[Tensor]) -> Tensor:
     """|X_l^T X_m|_F^2 for all pairs, by the cheaper of its two forms: features or Gram."""
     _same_rows(layers)
     widths = torch.tensor([x.shape[1] for x in layers])
-    if widths.sum() > len(layers[0]):
+    if widths.sum() > 4 * len(layers[0]):
         grams = torch.stack([(x @ x.T).flatten() for x in layers])
         return grams @ grams.T
     owner = F.one_hot(torch.arange(len(layers)).repeat_interleave(widths)).double()
@@ -232,7 +236,7 @@ def _overlaps(layers: Sequence[Tensor]) -> Tensor:
 
 def _normalised(hsic: Tensor) -> Tensor:
     own = hsic.diagonal()
-    own = torch.where(own > 1e-24, own, math.nan).sqrt()  # a constant layer has no similarity
+    own = torch.where(own > 0, own, math.nan).sqrt()  # a constant layer has no similarity
     return hsic / own.outer(own)
 
 
@@ -253,7 +257,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _centred(x: Tensor) -> Tensor:
     rows = _rows(x)
-    return rows - rows.mean(0)
+    centred = rows - rows.mean(0)
+    # What rounding leaves of constant columns is no variation: make it zero.
+    return centred * (centred.abs().amax(0) > 1e-12 * rows.abs().amax(0))
 
 
 def _same_rows(layers: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -269,6 +275,8 @@ def _same_rows(layers: Sequence[Tensor]) -> Sequence[Tensor]:
 def rebound(profile: Tensor | Sequence[float]) -> float:
     """The largest rise after a low: max_k (r(k) - min_{j<=k} r(j)), 0 if r never rises."""
     r = torch.as_tensor(profile, dtype=torch.float64)
+    if not len(r) or not r.isfinite().all():
+        raise ValueError(f"profile must hold finite values, got {r.tolist()}")
     return (r - r.cummin(0).values).max().item()
 
 
@@ -284,7 +292,7 @@ def node_distance(features: Sequence[Tensor]) -> Tensor:
     L layers of `[n, d]` give `[d, L, L]`. A statement about histograms: permuting the points of
     a layer changes nothing. NaN for a dead node (standard deviation below 1e-6).
     """
-    ordered = torch.stack([_z_scored(x).sort(dim=0).values for x in features])
+    ordered = torch.stack([_z_scored(x.sort(dim=0).values) for x in features])
     return (ordered[:, None] - ordered[None]).abs().mean(2).permute(2, 0, 1)
 
 
@@ -302,9 +310,9 @@ def returning_nodes(
     "The same" is W1 < `near` (two normal samples of 400 reach 0.089), "another" is W1 > `far`.
     With `rho`, the values must also correlate over the points by more than that.
     """
-    distance = node_distance(features).nan_to_num(nan=0.0, posinf=0.0)
+    distance = node_distance(features)  # NaN for dead nodes: neither near nor far
     later = torch.ones(len(features), len(features)).triu(1).bool()
-    widest = torch.where(later, distance, 0).cummax(-1).values.roll(1, -1)
+    widest = torch.where(later, distance.nan_to_num(), 0).cummax(-1).values
     back = later & (distance < near) & (widest > far)
     if rho is not None:
         back &= node_correlation(features) > rho
@@ -384,7 +392,7 @@ def skip_one(model: nn.Module, score: Callable[[], float]) -> Tensor:
     `score` takes nothing, runs the model and returns a number (accuracy, or minus the loss).
     Source: the lesion study of arXiv 1605.06431.
     """
-    masks = 1 - torch.eye(len(paths(model)))
+    masks = 1 - torch.eye(_path_count(model))
     with evaluating(model):
         return score() - _scores(model, score, masks)
 
@@ -397,9 +405,15 @@ def keep_random(
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must lie in [0, 1], got {keep}")
     generator = torch.Generator().manual_seed(seed)
-    masks = (torch.rand(draws, len(paths(model)), generator=generator) < keep).float()
+    masks = (torch.rand(draws, _path_count(model), generator=generator) < keep).float()
     with evaluating(model):
         return _scores(model, score, masks)
+
+
+def _path_count(model: nn.Module) -> int:
+    if count := len(paths(model)):
+        return count
+    raise ValueError(f"model must have Residual blocks to switch off, got {type(model).__name__}")
 
 
 def _scores(model: nn.Module, score: Callable[[], float], masks: Tensor) -> Tensor:
@@ -440,7 +454,8 @@ def probe_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Ten
     """Share of test rows whose class a linear read-out, fitted on the train rows, finds."""
     weight = probe_weights(train_x, train_y)
     scores = F.pad(_rows(test_x), (0, 1), value=1.0) @ weight
-    return (scores.argmax(1) == test_y).double().mean().item()
+    last_of_the_best = scores.shape[1] - 1 - scores.flip(1).argmax(1)  # sign(0) counts as +1
+    return (last_of_the_best == test_y).double().mean().item()
 
 
 @torch.no_grad()

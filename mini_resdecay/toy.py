@@ -37,7 +37,7 @@ def spiral(n: int = 400, noise: float = 0.05, seed: int = 0) -> tuple[Tensor, Te
     generator = np.random.default_rng(seed)
     angle = 2 * np.pi * np.sqrt(generator.random(n))
     radius = (2 * angle + np.pi) / (5 * np.pi)
-    y = (np.arange(n) >= n // 2).astype(np.int64)
+    y = (np.arange(n) >= n / 2).astype(np.int64)
     arm = np.stack([np.cos(angle), np.sin(angle)], axis=1) * ((1 - 2 * y) * radius)[:, None]
     x = arm + noise * generator.standard_normal((n, 2))
     return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y)
@@ -64,6 +64,8 @@ class ResidualMLP(nn.Module):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
+        if not residual and shortcut != "plain":
+            raise ValueError(f'shortcut must be "plain" if residual=False, got "{shortcut}"')
         act = ACTIVATIONS[known("activation", activation, ACTIVATIONS)]
         alphas = alpha_schedule(depth, alpha_min, per="block")
         rules = make_rules(shortcut if residual else "none", alphas)
@@ -134,10 +136,12 @@ def train_together(
     Small nets spend their time on overhead, so every operation is done once for all of them.
     Changes `nets` in place. Returns the losses [steps, S] in nats, loss t measured before
     update t, and copies of the nets after each number of updates in `snapshots`.
-    Raises ValueError if a loss is not finite.
+    Raises ValueError for nets of different shape or rule, and if a loss is not finite.
     """
+    if len(shapes := {str(net) for net in nets}) != 1:
+        raise ValueError(f"nets must be of one architecture, got {len(shapes)}")
     stacked = stack(nets)
-    optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, foreach=True)
     labels = repeat(y, "n -> s n", s=len(nets))
     losses, taken = torch.empty(steps, len(nets)), {}
     for step in range(steps + 1):
