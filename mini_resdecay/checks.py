@@ -158,17 +158,12 @@ CHAPTER_1: dict[str, Exercise] = {
     "ex-01-2": Exercise(
         solution=_blocks,
         mistakes={
-            "it looks as if you left out the shortcut: each block should add to the old state.":
-                _without_shortcut,
-            "your activation comes after the sum. It belongs to the branch alone.":
-                _activation_after_the_sum,
+            "it looks as if you left out the shortcut: each block should add to the old state.": _without_shortcut,
+            "your activation comes after the sum. It belongs to the branch alone.": _activation_after_the_sum,
             "the shortcut seems to count twice in each block.": _shortcut_doubled,
-            "your shortcuts all start at x. Where does the shortcut of the second block start?":
-                _shortcut_from_the_input,
-            "your matrices seem to be transposed: row i of W should make output i.":
-                _weights_transposed,
-            "only the first block was used. Is the return inside the loop?":
-                _only_the_first_block,
+            "your shortcuts all start at x. Where does the shortcut of the second block start?": _shortcut_from_the_input,
+            "your matrices seem to be transposed: row i of W should make output i.": _weights_transposed,
+            "only the first block was used. Is the return inside the loop?": _only_the_first_block,
         },
         cases=(_blocks_case(0, 3, 4, 2), _blocks_case(1, 2, 3, 3)),
     ),
@@ -176,14 +171,14 @@ CHAPTER_1: dict[str, Exercise] = {
         solution=_log_slope,
         mistakes={
             "that is the slope of the norms themselves. Take their logarithm first.": _slope,
-            "your unit is not decades: which base has your logarithm?":
-                lambda norms: _slope(norms.log()),
-            "you fit a line through the origin. Centre the layer numbers first.":
-                _slope_without_centring,
-            "you use the two ends only. All layers should have a say in the fit.":
-                _slope_of_the_ends,
-            "the sign is turned round. Layers are counted from the stem to the head.":
-                lambda norms: -_log_slope(norms),
+            "your unit is not decades: which base has your logarithm?": lambda norms: _slope(
+                norms.log()
+            ),
+            "you fit a line through the origin. Centre the layer numbers first.": _slope_without_centring,
+            "you use the two ends only. All layers should have a say in the fit.": _slope_of_the_ends,
+            "the sign is turned round. Layers are counted from the stem to the head.": lambda norms: (
+                -_log_slope(norms)
+            ),
         },
         cases=(
             (torch.tensor([1.0, 20.0, 100.0, 3000.0]),),
@@ -194,10 +189,8 @@ CHAPTER_1: dict[str, Exercise] = {
         solution=0.7355,
         mistakes={
             "that is the accuracy on the points that you fitted. Score the test points.": 0.76,
-            "that is the level of targets 0 and 1 with a threshold at 0. Where is the middle?":
-                0.5145,
-            "your threshold is 0.5, which is the middle of 0 and 1. Your targets are -1 and 1.":
-                0.729,
+            "that is the level of targets 0 and 1 with a threshold at 0. Where is the middle?": 0.5145,
+            "your threshold is 0.5, which is the middle of 0 and 1. Your targets are -1 and 1.": 0.729,
             "the line was fitted to the test points. Fit it to the training points.": 0.7455,
             "that is pure chance: does your line give every point the same class?": 0.5,
         },
@@ -364,34 +357,35 @@ CHAPTER_3: dict[str, Exercise] = {
         mistakes={
             "your features keep their offset. What does the c in X_c stand for?": _cka_not_centred,
             "the norm of the cross product should be squared.": _cka_cross_not_squared,
-            "below the line the norms are squared, and they should not be.":
-                _cka_own_norms_squared,
-            "below the line you have norms of the features. Take those of X_c^T X_c and Y_c^T Y_c.":
-                _cka_over_feature_norms,
-            "that is the square root of CKA. Compare it with the formula once more.":
-                lambda x, y: _cka(x, y).sqrt(),
-            "that is a cosine of flattened features. It sees rotations, and CKA should not.":
-                _cosine_of_flattened,
-            "nothing is normalised yet: twice the features, four times the value.":
-                lambda x, y: (_centred(y).T @ _centred(x)).norm() ** 2,
+            "below the line the norms are squared, and they should not be.": _cka_own_norms_squared,
+            "below the line you have norms of the features. Take those of X_c^T X_c and Y_c^T Y_c.": _cka_over_feature_norms,
+            "that is the square root of CKA. Compare it with the formula once more.": lambda x, y: (
+                _cka(x, y).sqrt()
+            ),
+            "that is a cosine of flattened features. It sees rotations, and CKA should not.": _cosine_of_flattened,
+            "nothing is normalised yet: twice the features, four times the value.": lambda x, y: (
+                (_centred(y).T @ _centred(x)).norm() ** 2
+            ),
         },
         cases=(_cka_case(0, 12, 3), _cka_case(1, 9, 4)),
     ),
     "ex-03-3": Exercise(
         solution=_rise_after_low,
         mistakes={
-            "that is highest minus lowest anywhere. The low has to come first.":
-                lambda r: r.max() - r.min(),
-            "you look at the last layer only. The profile may rise and fall again before it.":
-                lambda r: r[-1] - r.min(),
-            "that is the largest fall: your minimum runs over the layers that come later.":
-                _fall_after_high,
-            "that is how far the profile falls below its start. How far does it come back?":
-                lambda r: r[0] - r.min(),
-            "that is the largest single step up. A rise may take several layers.":
-                lambda r: r.diff().max().clamp(min=0),
-            "you start from the lowest point of all. A higher low may come before a larger rise.":
-                _rise_from_the_lowest,
+            "that is highest minus lowest anywhere. The low has to come first.": lambda r: (
+                r.max() - r.min()
+            ),
+            "you look at the last layer only. The profile may rise and fall again before it.": lambda r: (
+                r[-1] - r.min()
+            ),
+            "that is the largest fall: your minimum runs over the layers that come later.": _fall_after_high,
+            "that is how far the profile falls below its start. How far does it come back?": lambda r: (
+                r[0] - r.min()
+            ),
+            "that is the largest single step up. A rise may take several layers.": lambda r: (
+                r.diff().max().clamp(min=0)
+            ),
+            "you start from the lowest point of all. A higher low may come before a larger rise.": _rise_from_the_lowest,
         },
         cases=tuple(
             (torch.tensor(r, dtype=torch.float64),)
@@ -405,18 +399,24 @@ CHAPTER_3: dict[str, Exercise] = {
     "ex-03-4": Exercise(
         solution=_effective_rank,
         mistakes={
-            "those are shares of the squares: take the singular values themselves.":
-                lambda x: _entropy(_shares(_spectrum(x).square())).exp(),
-            "your singular values do not sum to 1 yet. An entropy needs shares.":
-                lambda x: _entropy(_spectrum(x)).exp(),
-            "your logarithm has base 2 and your exponential base e. Use one base for both.":
-                lambda x: (_entropy(_shares(_spectrum(x))) / math.log(2)).exp(),
-            "that is the entropy, in nats. One step is left to a number of dimensions.":
-                lambda x: _entropy(_shares(_spectrum(x))),
-            "you centred the columns first. That is another quantity, centre=True in the package.":
-                lambda x: _effective_rank(_centred(x)),
-            "that is the participation ratio, a cousin that listens to large directions more.":
-                lambda x: _shares(_spectrum(x).square()).square().sum().reciprocal(),
+            "those are shares of the squares: take the singular values themselves.": lambda x: (
+                _entropy(_shares(_spectrum(x).square())).exp()
+            ),
+            "your singular values do not sum to 1 yet. An entropy needs shares.": lambda x: (
+                _entropy(_spectrum(x)).exp()
+            ),
+            "your logarithm has base 2 and your exponential base e. Use one base for both.": lambda x: (
+                (_entropy(_shares(_spectrum(x))) / math.log(2)).exp()
+            ),
+            "that is the entropy, in nats. One step is left to a number of dimensions.": lambda x: (
+                _entropy(_shares(_spectrum(x)))
+            ),
+            "you centred the columns first. That is another quantity, centre=True in the package.": lambda x: (
+                _effective_rank(_centred(x))
+            ),
+            "that is the participation ratio, a cousin that listens to large directions more.": lambda x: (
+                _shares(_spectrum(x).square()).square().sum().reciprocal()
+            ),
         },
         cases=((_cka_case(2, 7, 3)[0],), (_cka_case(3, 5, 4)[1] / 4,)),
     ),
@@ -426,8 +426,7 @@ CHAPTER_3: dict[str, Exercise] = {
             "that is d / n = 0.05. The width stands below the line as well.": 15_360.0,
             "points and width are swapped: more points should lower the level.": 768 / 19,
             "that brings the level to 0.5, ten times too high.": 768.0,
-            "that is the number of points for a level of 0.01. The text asks for 0.05.":
-                768 * 99.0,
+            "that is the number of points for a level of 0.01. The text asks for 0.05.": 768 * 99.0,
         },
         tolerance=1e-4,
     ),

@@ -10,7 +10,6 @@ is fetched at this version's tag and checked against `results.sha256`, which the
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -23,18 +22,19 @@ import sys
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import numpy as np
 import torch
 
-from mini_resdecay import REPO, __version__
+from . import REPO, __version__
+from .shortcuts import known
 
 INDEX = Path(__file__).with_name("results.sha256")
-TIMEOUT = 10  # seconds, then no network is an error
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+NAME = r"[a-z0-9][a-z0-9_.-]*"
+LINE = re.compile(rf"(?P<hash>\w+)  (?P<name>(?P<study>{NAME})/(?P<arm>{NAME})-s\d+\.json)")
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,17 @@ class Interval(NamedTuple):
 def write(run: Run, folder: str | Path) -> Path:
     """Write a run to `folder/<study>/<arm>-s<seed>.json`, whole or not at all.
 
-    Raises ValueError, naming the field, for a value outside the schema or not finite.
+    Raises ValueError or TypeError for a value outside the schema, not finite, or not JSON.
     """
     content = asdict(run)
     _check(content, f"run {run.study}/{run.arm}")
-    path = Path(folder) / run.study / f"{run.arm}-s{run.seed}.json"
     text = json.dumps({**content, "sha256": _hash(content)}, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}]*\]", _one_line, text)  # a curve is no column
-    _replace(path, (text + "\n").encode())
+    path = Path(folder) / run.study / f"{run.arm}-s{run.seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_bytes((text + "\n").encode())
+    os.replace(draft, path)
     return path
 
 
@@ -94,18 +97,15 @@ def read(path: str | Path) -> Run:
 
     Raises ValueError if it was cut, edited by hand, or lacks a field.
     """
-    path = Path(path)
+    what = f"results file {path}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         told = content.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"results file {path} is damaged: no JSON object with sha256") from error
-    _check(content, f"results file {path}")
+        raise ValueError(f"{what} is damaged: no JSON object with sha256") from error
+    _check(content, what)
     if told != _hash(content):
-        raise ValueError(
-            f"results file {path} was edited: its content does not match its sha256; "
-            "restore it, or run the experiment again"
-        )
+        raise ValueError(f"{what} was edited: its sha256 does not match; run the experiment again")
     return Run(**content)
 
 
@@ -117,21 +117,20 @@ def load_runs(study: str, arm: str | None = None, root: str | Path | None = None
     Raises ValueError for a name that is not there, OSError without network.
     """
     folder = _checkout() if root is None else Path(root)
-    if folder is None:
-        paths = [_fetch(name, hash_) for name, hash_ in _choose(study, arm, _shipped())]
-    else:
-        names = {f"{p.parent.name}/{p.name}": "" for p in sorted(folder.glob("*/*.json"))}
-        paths = [folder / name for name, _ in _choose(study, arm, names)]
-    return sorted((read(path) for path in paths), key=lambda run: (run.arm, run.seed))
+    text = INDEX.read_text(encoding="utf-8") if folder is None else index(folder)
+    lines = [line for line in map(LINE.fullmatch, text.splitlines()) if line]
+    for part, name in (("study", study), ("arm", arm)):
+        if name is not None:
+            known(f"{part} with recorded runs", name, sorted({line[part] for line in lines}))
+            lines = [line for line in lines if line[part] == name]
+    paths = [folder / m["name"] if folder else _fetch(m["name"], m["hash"]) for m in lines]
+    return sorted(map(read, paths), key=lambda run: (run.arm, run.seed))
 
 
 def index(folder: str | Path) -> str:
     """The text of `results.sha256`: hash and name of every result, as `sha256sum` prints them."""
     paths = sorted(Path(folder).glob("*/*.json"))
-    return "".join(
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.parent.name}/{path.name}\n"
-        for path in paths
-    )
+    return "".join(f"{_sha256(p.read_bytes())}  {p.parent.name}/{p.name}\n" for p in paths)
 
 
 def value(run: Run, metric: str) -> float:
@@ -141,12 +140,8 @@ def value(run: Run, metric: str) -> float:
     """
     at: Any = run.metrics
     for key in metric.split("."):
-        if not isinstance(at, dict) or key not in at:
-            have = ", ".join(at) if isinstance(at, dict) else "a number"
-            raise ValueError(
-                f"metric {metric!r} is not in {run.study}/{run.arm}: {key!r} not among {have}"
-            )
-        at = at[key]
+        inside = at if isinstance(at, dict) else {}
+        at = inside[known(f"{metric!r} of {run.study}/{run.arm}", key, inside)]
     if isinstance(at, bool) or not isinstance(at, int | float):
         raise ValueError(f"metric {metric!r} must lead to a number, got {type(at).__name__}")
     return float(at)
@@ -166,15 +161,11 @@ def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
 
     Raises ValueError unless both have the same seeds, each once.
     """
-    seeds = sorted(run.seed for run in a)
-    if seeds != sorted(run.seed for run in b) or len(set(seeds)) != len(seeds):
-        raise ValueError(
-            f"a and b must have the same seeds, each once; got {seeds} and "
-            f"{sorted(run.seed for run in b)}"
-        )
-    pairs = zip(*(sorted(runs, key=lambda run: run.seed) for runs in (a, b)), strict=True)
-    left, right = zip(*((value(x, metric), value(y, metric)) for x, y in pairs), strict=True)
-    return paired_interval(left, right)
+    left, right = ({run.seed: value(run, metric) for run in runs} for runs in (a, b))
+    if left.keys() != right.keys() or not len(left) == len(a) == len(b):
+        got = f"{[run.seed for run in a]} and {[run.seed for run in b]}"
+        raise ValueError(f"a and b must have the same seeds, each once; got {got}")
+    return paired_interval(*([side[seed] for seed in left] for side in (left, right)))
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -201,92 +192,48 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 def environment() -> dict[str, Any]:
     """`device`, `versions`, `commit` and `peak_memory_gib` of this process, as `Run` names them."""
-    packages = ("torch", "numpy", "accelerate", "safetensors")
     versions = {"mini_resdecay": __version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "device": _device(),
-        "versions": versions,
-        "commit": _commit(),
-        "peak_memory_gib": _peak_memory_gib(),
-    }
+    versions |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "accelerate")}
+    device = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {"device": device, "versions": versions, "commit": _commit(), "peak_memory_gib": _peak()}
 
 
 def check_fingerprint(run: Run, fingerprint: str) -> bool:
     """Whether `run` was made with this very data; a UserWarning says what it means if not."""
-    if run.fingerprint == fingerprint:
-        return True
-    warnings.warn(
-        f"{run.study}/{run.arm} was recorded with other data: fingerprint {run.fingerprint!r}, "
-        f"yours is {fingerprint!r}. The same pictures packed as JPEG and as PNG differ by a few "
-        "grey levels (the hub's CIFAR-10 is PNG, the recorded one JPEG); losses then differ from "
-        "the third digit on, and conclusions should not. If the set or a split is another one, "
-        "numbers cannot be compared.",
-        UserWarning,
-        stacklevel=2,
-    )
-    return False
+    same = run.fingerprint == fingerprint
+    if not same:
+        told = f"{run.study}/{run.arm} was recorded with other data: {run.fingerprint}, yours is "
+        told += f"{fingerprint}. PNG pictures instead of JPEG change losses from the third digit on"
+        warnings.warn(f"{told}; another set or split cannot be compared", stacklevel=2)
+    return same
 
 
 # ---- the schema ----
 
 
 def _check(content: dict[str, Any], what: str) -> None:
-    """Raise ValueError, naming the field, unless `content` is a run."""
-    names = [field.name for field in fields(Run)]
-    wrong = [f"no {name}" for name in names if name not in content]
-    wrong += [f"unknown {name}" for name in content if name not in names]
-    if wrong:
-        raise ValueError(f"{what} does not fit the schema: {', '.join(wrong)}")
-    for name, hint in get_type_hints(Run).items():
-        kind = get_origin(hint) or hint
-        kinds = (int, float) if kind is float else kind
-        if isinstance(content[name], bool) or not isinstance(content[name], kinds):
-            raise ValueError(f"{what}: {name} must be a {kind.__name__}, got {content[name]!r}")
-        _check_plain(content[name], f"{what}: {name}")
-    _check_values(content, what)
-
-
-def _check_values(content: dict[str, Any], what: str) -> None:
-    for name in ("study", "arm"):
-        if not NAME.fullmatch(content[name]):
-            raise ValueError(
-                f"{what}: {name} must be of lower-case letters, digits, '-', '_' and '.', "
-                f"got {content[name]!r}"
-            )
-    for name in ("seed", "seconds", "peak_memory_gib"):
-        if content[name] < 0:
-            raise ValueError(f"{what}: {name} must not be negative, got {content[name]}")
-    lengths = {k: len(v) if isinstance(v, list) else v for k, v in content["curve"].items()}
-    if len(set(map(str, lengths.values()))) > 1 or not all(
-        isinstance(v, list) for v in content["curve"].values()
-    ):
-        raise ValueError(f"{what}: curve must hold lists of equal length, got {lengths}")
-    losses = content["first_losses"]
-    if len(losses) != 5 or not all(isinstance(x, float) for x in losses):
-        raise ValueError(f"{what}: first_losses must be five floats, got {losses}")
-
-
-def _check_plain(at: Any, where: str) -> None:
-    """Raise ValueError, with the path, for what JSON would change or refuse."""
-    if isinstance(at, dict):
-        for key, item in at.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where} has the key {key!r}; keys must be text")
-            _check_plain(item, f"{where}.{key}")
-    elif isinstance(at, list):
-        for i, item in enumerate(at):
-            _check_plain(item, f"{where}[{i}]")
-    elif isinstance(at, float) and not math.isfinite(at):
-        raise ValueError(f"{where} must be finite, got {at}")
-    elif at is not None and not isinstance(at, str | bool | int | float):
-        kind = type(at).__name__
-        raise ValueError(f"{where} must be plain JSON (no tuple, no array), got a {kind}")
+    """Raise ValueError, naming the field, unless `content` is a run in plain, finite JSON."""
+    hints = get_type_hints(Run)
+    if odd := ", ".join(sorted(hints.keys() ^ content.keys())):
+        raise ValueError(f"{what} does not fit the schema: missing or unknown: {odd}")
+    for name, hint in hints.items():
+        kind = int | float if hint is float else get_origin(hint) or hint
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{what}: {name} must be a {hint}, got {content[name]!r}")
+        if json.loads(json.dumps(content[name]), parse_constant=str) != content[name]:
+            raise ValueError(f"{what}: {name} must be finite and plain JSON, got {content[name]!r}")
+    if not re.fullmatch(f"{NAME}/{NAME}", name := f"{content['study']}/{content['arm']}"):
+        raise ValueError(f"{what}: study and arm must be of a-z, 0-9, '-', '_', '.', got {name}")
 
 
 def _hash(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 # ---- where runs are ----
@@ -294,111 +241,48 @@ def _hash(content: dict[str, Any]) -> str:
 
 def _checkout() -> Path | None:
     """`book/results` of the checkout that the package or the notebook is in."""
-    here = Path.cwd()
-    for folder in (Path(__file__).parents[1], here, *here.parents):
-        if (folder / "mini_resdecay").is_dir() and (folder / "book" / "results").is_dir():
-            return folder / "book" / "results"
-    return None
+    places = [Path(__file__).parents[1], Path.cwd(), *Path.cwd().parents]
+    found = (place / "book/results" for place in places if (place / "mini_resdecay").is_dir())
+    return next(filter(Path.is_dir, found), None)
 
 
-def _shipped() -> dict[str, str]:
-    """Name -> hash of every result of this version."""
-    if not INDEX.exists():
-        return {}
-    pairs = (line.split(maxsplit=1) for line in INDEX.read_text(encoding="utf-8").splitlines())
-    return {name: hash_ for hash_, name in pairs}
-
-
-def _choose(study: str, arm: str | None, names: dict[str, str]) -> list[tuple[str, str]]:
-    """The files of a study and arm; ValueError with the nearest names if there are none."""
-    studies = {name.split("/")[0] for name in names}
-    if study not in studies:
-        raise ValueError(_unknown("study", study, studies))
-    of_study = {name: hash_ for name, hash_ in names.items() if name.split("/")[0] == study}
-    arms = {name.split("/")[1].rsplit("-s", 1)[0] for name in of_study}
-    if arm is not None and arm not in arms:
-        raise ValueError(_unknown("arm", arm, arms))
-    return [
-        (name, hash_)
-        for name, hash_ in of_study.items()
-        if arm is None or name.split("/")[1].rsplit("-s", 1)[0] == arm
-    ]
-
-
-def _unknown(what: str, name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
-    return f"{what} {name!r} has no recorded run; {hint if known else 'there are none at all'}"
-
-
-def _fetch(name: str, hash_: str) -> Path:
+def _fetch(name: str, told: str) -> Path:
     """A result from the repository at this version's tag, by way of the cache."""
     cache = Path(os.environ.get("MINI_RESDECAY_CACHE") or "~/.cache/mini_resdecay").expanduser()
     path = cache / f"results-{__version__}" / name
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == hash_:
+    if path.exists() and _sha256(path.read_bytes()) == told:
         return path
-    raw = REPO.replace("://github.com/", "://raw.githubusercontent.com/")
-    url = f"{raw}/v{__version__}/book/results/{name}"
+    url = f"{REPO}/raw/v{__version__}/book/results/{name}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(url, timeout=10) as answer:
             content = answer.read()
     except OSError as error:  # URLError and time-outs are OSErrors
-        raise OSError(
-            f"could not fetch {url}: {error}. Without network, clone the repository and "
-            "pass root='book/results'"
-        ) from error
-    if hashlib.sha256(content).hexdigest() != hash_:
+        raise OSError(f"could not fetch {url}: {error}; or clone the repository") from error
+    if _sha256(content) != told:
         raise ValueError(f"{url} is not the file that version {__version__} was released with")
-    _replace(path, content)
-    return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}; what was there is as it was") from error
+    path.write_bytes(content)
+    return path
 
 
 # ---- the machine ----
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
-
-
 def _commit() -> str:
     """Commit of the checkout, "+" if files differ from it; "unknown" outside of one."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
+    here = Path(__file__).parent  # by the shell, for which a machine without git is no error
+    done = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
-def _peak_memory_gib() -> float:
+def _peak() -> float:
+    """Most memory so far, in GiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":  # has no getrusage
         return 0.0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes or KiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

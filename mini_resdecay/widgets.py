@@ -23,16 +23,23 @@ def stepper(
     ImportError if ipywidgets is not installed.
     """
     if not 2 <= len(pngs) == len(alts) == len(labels):
-        raise ValueError("pngs, alts and labels must be equally many and at least 2, "
-                         f"got {len(pngs)}, {len(alts)} and {len(labels)}")
+        raise ValueError(
+            "pngs, alts and labels must be equally many and at least 2, "
+            f"got {len(pngs)}, {len(alts)} and {len(labels)}"
+        )
     widgets = _ipywidgets()
     width, height = _common_size(pngs)
-    pictures = [widgets.HTML(_img(png, alt, width, height))
-                for png, alt in zip(pngs, alts, strict=True)]
+    pictures = [
+        widgets.HTML(_img(png, alt, width, height)) for png, alt in zip(pngs, alts, strict=True)
+    ]
     slider = widgets.SelectionSlider(
-        options=[(label, i) for i, label in enumerate(labels)], index=0, description=description,
+        options=[(label, i) for i, label in enumerate(labels)],
+        index=0,
+        description=description,
         tooltip=description,
-        style={"description_width": "initial"}, layout={"width": "100%", "max_width": "36em"})
+        style={"description_width": "initial"},
+        layout={"width": "100%", "max_width": "36em"},
+    )
     stack = widgets.Stack(children=pictures, selected_index=0, layout={"width": "100%"})
     widgets.jslink((slider, "index"), (stack, "selected_index"))
     return widgets.VBox([slider, stack])
@@ -60,5 +67,7 @@ def _img(png: bytes, alt: str, width: int, height: int) -> str:
         raise ValueError(f"alts must each describe their frame, got {alt!r}")
     data = base64.b64encode(png).decode("ascii")
     # ipywidgets.Image has no alt attribute; an <img> inside an HTML widget has.
-    return (f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{width}" '
-            f'height="{height}" style="max-width:100%;height:auto">')
+    return (
+        f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{width}" '
+        f'height="{height}" style="max-width:100%;height:auto">'
+    )

@@ -14,6 +14,8 @@ from mini_resdecay.experiments import EXPERIMENTS, ImageRecipe, SpiralRecipe, di
 
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
+# The spiral is trained live in the chapters; what takes minutes is recorded.
+IN_THE_BOOK = [name for name in EXPERIMENTS if not name.startswith("spiral")]
 QUICK = ["depth=3", "width=4", "steps=6"]
 
 
@@ -174,7 +176,7 @@ def test_record_fits_the_schema_and_its_experiment(path):
     assert path.name == f"{run.arm}-s{run.seed}.json"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", IN_THE_BOOK)
 def test_every_seed_of_an_experiment_is_recorded(name):
     one = EXPERIMENTS[name]
     assert tuple(run.seed for run in results.load_runs(one.study, one.arm, BOOK)) == one.seeds
@@ -184,7 +186,7 @@ def test_shipped_index_is_that_of_the_records():
     assert results.INDEX.read_text() == results.index(BOOK)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", IN_THE_BOOK)
 def test_first_five_losses_of_a_record_replay(name):
     one = EXPERIMENTS[name]
     run = results.load_runs(one.study, one.arm, BOOK)[0]

@@ -30,22 +30,35 @@ ROWS, COLUMNS = ["layer 0", "layer 4", "layer 8"], ["node 3", "node 5"]
 DRAW = {
     "spiral_scatter": lambda alt: figures.spiral_scatter({"one": (X, Y), "two": (X, Y)}, alt=alt),
     "decision_maps": lambda alt: figures.decision_maps(
-        {"plain net": MAP, "residual net": OTHER_MAP}, X, Y, alt=alt),
+        {"plain net": MAP, "residual net": OTHER_MAP}, X, Y, alt=alt
+    ),
     "curves": lambda alt: figures.curves(
-        LAYERS, SEEDS, "layer", "loss, nats", alt=alt, log=True, references={"chance": 0.5}),
+        LAYERS, SEEDS, "layer", "loss, nats", alt=alt, log=True, references={"chance": 0.5}
+    ),
     "curves, panels": lambda alt: figures.curves(
-        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt, band=True),
+        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt, band=True
+    ),
     "bars": lambda alt: figures.bars(SEEDS, "block", "accuracy lost", alt=alt),
     "scatter_seeds": lambda alt: figures.scatter_seeds(
-        SEEDS["init"], SEEDS["trained"], "block influence", "accuracy lost", alt=alt),
+        SEEDS["init"], SEEDS["trained"], "block influence", "accuracy lost", alt=alt
+    ),
     "heatmaps": lambda alt: figures.heatmaps(
-        {"init": MAP, "trained": OTHER_MAP}, alt=alt, label="linear CKA", null=0.07,
-        differences={"trained − init": OTHER_MAP - MAP}),
+        {"init": MAP, "trained": OTHER_MAP},
+        alt=alt,
+        label="linear CKA",
+        null=0.07,
+        differences={"trained − init": OTHER_MAP - MAP},
+    ),
     "heatmaps, rows": lambda alt: figures.heatmaps(
-        {"a": MAP, "b": MAP, "c": MAP}, alt=alt, label="cosine", limits=(-1, 1),
-        differences={"b − a": OTHER_MAP - MAP}),
+        {"a": MAP, "b": MAP, "c": MAP},
+        alt=alt,
+        label="cosine",
+        limits=(-1, 1),
+        differences={"b − a": OTHER_MAP - MAP},
+    ),
     "histogram_grid": lambda alt: figures.histogram_grid(
-        FEATURES, Y, ROWS, COLUMNS, alt=alt, baseline=2 * FEATURES),
+        FEATURES, Y, ROWS, COLUMNS, alt=alt, baseline=2 * FEATURES
+    ),
     "input_maps": lambda alt: figures.input_maps(PLANES, ROWS, COLUMNS, alt=alt),
     "image_grid": lambda alt: figures.image_grid(PLANES[:, 0], alt=alt, titles=ROWS),
     "block_diagram": lambda alt: figures.block_diagram(alt=alt),
@@ -103,8 +116,9 @@ def test_picture_is_small_and_nothing_is_cut_off(name):
     assert round(picture.info["dpi"][0]) == 150
     grey = np.asarray(picture.convert("L"))
     assert grey.min() < 60
-    edge = np.concatenate([grey[:2].ravel(), grey[-2:].ravel(), grey[:, :2].ravel(),
-                           grey[:, -2:].ravel()])
+    edge = np.concatenate(
+        [grey[:2].ravel(), grey[-2:].ravel(), grey[:, :2].ravel(), grey[:, -2:].ravel()]
+    )
     assert edge.min() > 240
 
 
@@ -153,7 +167,8 @@ def test_missing_cells_show_the_hatched_ground(monkeypatch):
     holed = MAP.copy()
     holed[2] = np.nan
     fig = drawn(
-        lambda: figures.heatmaps({"holed": holed}, alt=ALT, label="linear CKA"), monkeypatch)
+        lambda: figures.heatmaps({"holed": holed}, alt=ALT, label="linear CKA"), monkeypatch
+    )
     axis = fig.axes[0]
     assert axis.images[0].get_array().mask.sum() == 9
     assert axis.patch.get_hatch()
@@ -162,8 +177,10 @@ def test_missing_cells_show_the_hatched_ground(monkeypatch):
 
 def test_gaps_in_curves_leave_the_mean_of_the_rest(monkeypatch):
     seeds = np.array([[1.0, np.nan, 3.0, np.nan], [3.0, 5.0, 5.0, np.nan]])
-    fig = drawn(lambda: figures.curves(
-        np.arange(4), {"trained": seeds}, "step", "loss, nats", alt=ALT), monkeypatch)
+    fig = drawn(
+        lambda: figures.curves(np.arange(4), {"trained": seeds}, "step", "loss, nats", alt=ALT),
+        monkeypatch,
+    )
     mean = fig.axes[0].lines[-1].get_ydata()
     np.testing.assert_array_equal(np.ma.filled(mean, -1), [2, 5, 4, -1])
     assert len(fig.axes[0].lines) == 3
@@ -197,8 +214,12 @@ def test_rank_correlation_in_the_title_is_that_of_the_ranks(monkeypatch):
 
 
 def test_rank_correlation_of_a_constant_is_not_invented(monkeypatch):
-    fig = drawn(lambda: figures.scatter_seeds(
-        SEEDS["init"], np.zeros((3, 9)), "block influence", "accuracy lost", alt=ALT), monkeypatch)
+    fig = drawn(
+        lambda: figures.scatter_seeds(
+            SEEDS["init"], np.zeros((3, 9)), "block influence", "accuracy lost", alt=ALT
+        ),
+        monkeypatch,
+    )
     assert "ρ = nan over" in fig.axes[0].get_title()
 
 
@@ -209,20 +230,22 @@ def test_histograms_have_forty_common_bins_a_column_and_area_one(monkeypatch):
     values = [step.get_data() for step in steps]
     assert {len(v.values) for v in values} == {40}
     for first in range(0, len(values), 3):
-        heights = [v.values - v.baseline for v in values[first:first + 3]]
+        heights = [v.values - v.baseline for v in values[first : first + 3]]
         assert max(h.max() for h in heights) == pytest.approx(1)
         areas = [h.sum() for h in heights]
         np.testing.assert_allclose(areas, areas[0])
     both = np.concatenate([FEATURES[:, :, 0], 2 * FEATURES[:, :, 0]])
     label = fig.axes[0].get_xticklabels()[0].get_text().replace("−", "-")
-    assert label == f"{both.min():.2g}\nto {both.max():.2g}"
+    assert label == f"{COLUMNS[0]}\n{both.min():.2g}\nto {both.max():.2g}"
 
 
 @pytest.mark.parametrize(
-    "scale, axes", [("panel", (2, 3)), ("column", (0, 2, 3)), ("figure", None)])
+    "scale, axes", [("panel", (2, 3)), ("column", (0, 2, 3)), ("figure", None)]
+)
 def test_input_maps_are_parts_of_the_largest(scale, axes, monkeypatch):
     fig = drawn(
-        lambda: figures.input_maps(PLANES, ROWS, COLUMNS, alt=ALT, scale=scale), monkeypatch)
+        lambda: figures.input_maps(PLANES, ROWS, COLUMNS, alt=ALT, scale=scale), monkeypatch
+    )
     shown = np.stack([image.get_array() for image in fig.axes[0].images]).reshape(PLANES.shape)
     np.testing.assert_allclose(shown, PLANES / np.abs(PLANES).max(axis=axes, keepdims=True))
     assert {image.get_clim() for image in fig.axes[0].images} == {(-1, 1)}
@@ -239,8 +262,12 @@ def test_images_of_bytes_and_of_floats_look_the_same(monkeypatch):
 
 def test_the_picture_follows_the_data():
     def draw(seeds):
-        return png_of(lambda: figures.curves(
-            LAYERS, {"trained": seeds}, "step", "loss, nats", alt=ALT, ylim=(0, 1)))
+        return png_of(
+            lambda: figures.curves(
+                LAYERS, {"trained": seeds}, "step", "loss, nats", alt=ALT, ylim=(0, 1)
+            )
+        )
+
     moved = SEEDS["trained"].copy()
     moved[0, 4] = 1 - moved[0, 4]
     assert draw(SEEDS["trained"]) != draw(moved)
@@ -248,37 +275,59 @@ def test_the_picture_follows_the_data():
 
 def test_tensors_draw_like_arrays():
     tensor = torch.from_numpy(MAP).requires_grad_()
-    one, two = (png_of(lambda m=m: figures.heatmaps({"init": m}, alt=ALT, label="linear CKA"))
-                for m in (MAP, tensor))
+    one, two = (
+        png_of(lambda m=m: figures.heatmaps({"init": m}, alt=ALT, label="linear CKA"))
+        for m in (MAP, tensor)
+    )
     assert one == two
 
 
-@pytest.mark.parametrize("draw, message", [
-    (lambda: figures.curves(LAYERS, {"init": np.zeros(9)}, "x", "y", alt=ALT),
-     r"init must be an array with 2 axes, got shape \(9,\)"),
-    (lambda: figures.curves(LAYERS, {"init": np.zeros((3, 8))}, "x", "y", alt=ALT),
-     r"shape of arm 'init' must be \(3, 9\), got \(3, 8\)"),
-    (lambda: figures.bars({"init": np.zeros((3, 4)), "trained": np.zeros((3, 5))}, "x", "y",
-                          alt=ALT), r"arm 'trained' must be \(3, 4\), got \(3, 5\)"),
-    (lambda: figures.spiral_scatter({"one": (X, Y[:5])}, alt=ALT),
-     r"x's shape must be \(5, 2\), got \(40, 2\)"),
-    (lambda: figures.spiral_scatter({"one": (X, Y + 1)}, alt=ALT),
-     r"y's classes must be \[0.0, 1.0\], got \[1.0, 2.0\]"),
-    (lambda: figures.heatmaps({"a": MAP, "b": MAP[:4, :4]}, alt=ALT, label="CKA"),
-     r"shape of 'b' in panels must be \(9, 9\), got \(4, 4\)"),
-    (lambda: figures.scatter_seeds(MAP, MAP[:4], "x", "y", alt=ALT),
-     r"y's shape must be \(9, 9\), got \(4, 9\)"),
-    (lambda: figures.histogram_grid(FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT),
-     r"row_labels and column_labels must be \(3, 2\), got \(2, 2\)"),
-    (lambda: figures.histogram_grid(FEATURES * np.nan, Y, ROWS, COLUMNS, alt=ALT),
-     "features must be finite"),
-    (lambda: figures.input_maps(PLANES, ROWS, COLUMNS, alt=ALT, scale="row"),
-     "scale must be one of panel, column, figure, got 'row'"),
-    (lambda: figures.image_grid(PLANES[:, 0], alt=ALT, titles=["one"]),
-     "titles' number must be 3, got 1"),
-    (lambda: figures.arm_styles("abcdefgh"), "arms outside ARM_STYLE must be at most 7"),
-    (lambda: figures.canvas(alt=ALT, size=(8, 3)).__enter__(), "at most 7.0 inches wide, got 8"),
-])
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (
+            lambda: figures.curves(LAYERS, {"init": np.zeros(9)}, "x", "y", alt=ALT),
+            r"init must have shape \(-1, 9\) .*, got \(9,\)",
+        ),
+        (
+            lambda: figures.curves(LAYERS, {"init": np.zeros((3, 8))}, "x", "y", alt=ALT),
+            r"init must have shape \(-1, 9\) .*, got \(3, 8\)",
+        ),
+        (
+            lambda: figures.bars(
+                {"init": np.zeros((3, 4)), "trained": np.zeros((3, 5))}, "x", "y", alt=ALT
+            ),
+            r"trained must have shape \(-1, 4\) .*, got \(3, 5\)",
+        ),
+        (
+            lambda: figures.spiral_scatter({"one": (X, Y[:5])}, alt=ALT),
+            r"y must have shape \(40,\) .*, got \(5,\)",
+        ),
+        (
+            lambda: figures.heatmaps({"a": MAP, "b": MAP[:4, :4]}, alt=ALT, label="CKA"),
+            r"b must have shape \(9, 9\) .*, got \(4, 4\)",
+        ),
+        (
+            lambda: figures.scatter_seeds(MAP, MAP[:4], "x", "y", alt=ALT),
+            r"y must have shape \(9, 9\) .*, got \(4, 9\)",
+        ),
+        (
+            lambda: figures.histogram_grid(FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT),
+            r"features must have shape \(2, -1, 2\) .*, got \(3, 40, 2\)",
+        ),
+        (
+            lambda: figures.histogram_grid(FEATURES * np.nan, Y, ROWS, COLUMNS, alt=ALT),
+            "range of .nan, nan. is not finite",
+        ),
+        (
+            lambda: figures.input_maps(PLANES, ROWS, COLUMNS, alt=ALT, scale="row"),
+            "scale must be one of panel, column, figure, got 'row'",
+        ),
+        (lambda: figures.image_grid(PLANES[:, 0], alt=ALT, titles=["one"]), "shorter"),
+        (lambda: figures.arm_styles("abcdefgh"), "arms outside ARM_STYLE must be at most 7"),
+        (lambda: figures.show(Figure(figsize=(8, 3)), ALT), "at most 7.0 inches wide, got 8"),
+    ],
+)
 def test_bad_input_is_named(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
@@ -346,9 +395,11 @@ def test_show_saves_where_it_is_told(tmp_path, capsys):
 
 
 def test_drawing_leaves_matplotlib_as_it_was():
-    code = ("import matplotlib; before = dict(matplotlib.rcParams)\n"
-            "from mini_resdecay import figures\n"
-            f"figures.block_diagram(alt={ALT!r})\n"
-            "import sys; assert dict(matplotlib.rcParams) == before\n"
-            "assert 'torch' not in sys.modules and 'IPython' not in sys.modules")
+    code = (
+        "import matplotlib; before = dict(matplotlib.rcParams)\n"
+        "from mini_resdecay import figures\n"
+        f"figures.block_diagram(alt={ALT!r})\n"
+        "import sys; assert dict(matplotlib.rcParams) == before\n"
+        "assert 'torch' not in sys.modules and 'IPython' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

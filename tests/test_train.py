@@ -1,6 +1,5 @@
 """The loop, its checkpoints, and what must never go wrong in them."""
 
-import ast
 import copy
 import errno
 import json
@@ -11,13 +10,14 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -33,7 +33,7 @@ from mini_resdecay.train import (
     rows,
     save_checkpoint,
     seed_everything,
-    update,
+    update_ema,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -157,12 +157,12 @@ def test_log_has_each_line_once_after_a_resume(tmp_path: Path) -> None:
 
 def test_log_line_is_the_mean_since_the_last(tmp_path: Path) -> None:
     values = [1.0, 2.0, 6.0, 10.0, 20.0]
-    state = linear_state(lr=0.5, seed=7)
+    state = linear_state(lr=0.5)
     fit(state, values, lambda s, b: {"loss": torch.tensor(b)}, log=tmp_path / "l", every=3)
     found = [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(tmp_path / "l")]
     assert found == [
-        {"step": 3, "seed": 7, "lr": 0.5, "loss": 3.0},
-        {"step": 5, "seed": 7, "lr": 0.5, "loss": 15.0},
+        {"step": 3, "lr": 0.5, "loss": 3.0},
+        {"step": 5, "lr": 0.5, "loss": 15.0},
     ]
     assert lines_of(tmp_path / "l") == state.history
 
@@ -171,7 +171,7 @@ def test_log_is_flushed_line_by_line(tmp_path: Path) -> None:
     log, seen = tmp_path / "log", []
 
     def step(state: TrainState, batch: int) -> dict:
-        seen.append(len(lines_of(log)))
+        seen.append(len(lines_of(log)) if log.exists() else 0)
         return {"loss": 0.0}
 
     fit(linear_state(), range(4), step, log=log, every=1)
@@ -183,19 +183,17 @@ def test_until_stops_early_and_goes_on() -> None:
     for until in (2, 2, 5, 100):
         fit(state, range(6), lambda s, b: taken.append(b) or {"loss": 0.0}, until=until)
     assert taken == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="state.step is 6, but there are only 4 steps"):
-        fit(state, range(4), STEP)
 
 
 # ---- EMA, schedule, clipping ----
 
 
 def test_R38_ema_of_one_step() -> None:
-    state = linear_state(lr=0.5, ema_decay=0.999, ema_warmup=False)
-    nn.init.constant_(state.net.weight, 2.0)
+    state = linear_state(ema_decay=0.999)
+    nn.init.constant_(state.net.weight, 1.0)
     nn.init.constant_(state.ema.weight, 2.0)
-    fit(state, [torch.ones(1, 1)], loss_step(lambda s, x: s.model(x).square().mean() / 2))
-    assert state.net.weight.item() == 1.0  # 2 − 0.5 · 2
+    state.step = 10_000  # after the warm-up
+    update_ema(state)
     assert state.ema.weight.item() == pytest.approx(0.999 * 2 + 0.001 * 1, abs=1e-6)
 
 
@@ -203,7 +201,6 @@ def test_D16_ema_warm_up() -> None:
     found = [ema_decay_at(0.9999, n) for n in (0, 9, 99, 999)]
     assert found == pytest.approx([0.1, 0.5263158, 0.9174312, 0.9910803], abs=5e-8)
     assert ema_decay_at(0.9999, 89_989) < 0.9999 == ema_decay_at(0.9999, 89_990)
-    assert ema_decay_at(0.5, 0, warmup=False) == 0.5
 
 
 def test_ema_equals_a_hand_loop() -> None:
@@ -256,30 +253,36 @@ def test_gradient_clipping(clip: float | None, moved: float) -> None:
     assert abs(state.net.weight.item()) == pytest.approx(moved, abs=1e-5)
 
 
-def test_scaled_gradients_are_clipped_at_their_true_size(tmp_path: Path) -> None:
+def scaled_state(scale: float) -> TrainState:
+    """What accelerate makes of fp16 on a GPU, with a gradient scaler of the CPU."""
     state = linear_state(lr=1.0)
-    state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    accelerator = state.accelerator
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = scaler
+    state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers = [state.optimizer]
+    return state
+
+
+def test_scaled_gradients_are_clipped_at_their_true_size(tmp_path: Path) -> None:
     step = loss_step(lambda s, x: s.model(x).mean(), clip=0.5)
     batches = [torch.full((4, 1), 3.0)] * 4
-    fit(state, batches, step, until=3, checkpoint=tmp_path)
-    assert state.net.weight.item() == pytest.approx(-1.5, abs=1e-5)
-    assert state.scaler.get_scale() == 2048.0  # grown once, after two steps
-    other = linear_state(lr=1.0)
-    with pytest.raises(ValueError, match="only the checkpoint has a scaler"):
-        load_checkpoint(tmp_path, other)
-    other.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    fit(load_checkpoint(tmp_path, other), batches, step)
-    assert other.scaler.get_scale() == 4096.0
+    state = fit(scaled_state(1024.0), batches, step, until=3, checkpoint=tmp_path)
+    assert state.net.weight.item() == pytest.approx(-1.5, abs=1e-3)
+    assert state.accelerator.scaler.get_scale() == 2048.0  # grown once, after two steps
+    with pytest.raises(ValueError, match="only one of the two has {'scaler'}"):
+        load_checkpoint(tmp_path, linear_state(lr=1.0))
+    other = fit(load_checkpoint(tmp_path, scaled_state(8.0)), batches, step)
+    assert other.accelerator.scaler.get_scale() == 4096.0
 
 
-def test_scaler_skips_a_step_with_infinite_gradients() -> None:
-    state = linear_state(lr=1.0)
-    state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    state.net.weight.grad = torch.full((1, 1), math.inf)
-    state.scaler.scale(torch.zeros(1))
-    update(state)
+def test_a_step_with_infinite_gradients_is_skipped() -> None:
+    state = scaled_state(1024.0)
+    step = loss_step(lambda s, x: s.model(x).sum() * torch.tensor(math.inf), clip=0.5)
+    step(state, torch.ones(1, 1))
     assert state.net.weight.item() == 0.0
-    assert state.scaler.get_scale() == 512.0
+    assert state.accelerator.scaler.get_scale() == 512.0
 
 
 # ---- what stops a run ----
@@ -300,13 +303,13 @@ def failing_at(fails: int, failure) -> object:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_loss_is_named_and_the_last_checkpoint_kept(tmp_path: Path, bad: float) -> None:
     step = failing_at(2, lambda: {"loss": torch.tensor(bad)})  # seen when step 4 is to be saved
-    with pytest.raises(FloatingPointError, match=rf"loss is {bad} at step 3.*of step 2 is kept"):
+    with pytest.raises(FloatingPointError, match=rf"loss is {bad} at step 3, which is not saved"):
         fit(small_state(), small_batches(), step, checkpoint=tmp_path, checkpoint_every=2)
     assert load_checkpoint(tmp_path, small_state()).step == 2
 
 
 def test_non_finite_loss_is_found_without_log_or_checkpoint() -> None:
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 2.*No checkpoint folder"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
         fit(small_state(), small_batches(), failing_at(1, lambda: {"loss": math.nan}), until=3)
 
 
@@ -336,18 +339,15 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # a step cut in half is not worth keeping
 
 
-def test_fit_works_outside_the_main_thread() -> None:
-    state = small_state()
-    thread = threading.Thread(target=fit, args=(state, small_batches(), STEP))
-    thread.start()
-    thread.join()
-    assert state.step == 6
-
-
 def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     fit(linear_state(), range(3), lambda s, b: {"loss": 0.0})
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_the_bar_can_be_had_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(linear_state(), range(3), lambda s, b: {"loss": 0.5}, quiet=False, every=1)
+    assert "3/3" in capsys.readouterr().err
 
 
 # ---- checkpoints ----
@@ -360,8 +360,7 @@ from mini_resdecay import train
 from test_train import MOMENTS, STEP, small_batches, small_state
 
 def run_until(place, call, late, folder):
-    owner, name = (train.os, "replace") if place == "replace" else (train, place)
-    real, calls = getattr(owner, name), []
+    real, calls = getattr(train.os, place), []
 
     def die(*arguments):
         calls.append(1)
@@ -371,7 +370,7 @@ def run_until(place, call, late, folder):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    setattr(owner, name, die)
+    setattr(train.os, place, die)
     train.fit(small_state(), small_batches(), STEP, checkpoint=folder, checkpoint_every=2)
 
 train.torch.set_num_threads(1)  # a fork has no worker threads
@@ -384,12 +383,13 @@ for i, moment in enumerate(MOMENTS):
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
-# Each checkpoint is one save_file, three syncs, two renames; the second one's are killed here,
-# before or after the call.
+# Each checkpoint is two syncs and two renames; the second one's are killed here, before or after
+# the call.
 MOMENTS = [
-    *[("save_file", 2, late) for late in (False, True)],
-    *[("_sync", call, late) for call in (4, 5, 6) for late in (False, True)],
-    *[("replace", call, late) for call in (3, 4) for late in (False, True)],
+    (place, call, late)
+    for place in ("fsync", "replace")
+    for call in (3, 4)
+    for late in (False, True)
 ]
 
 
@@ -399,11 +399,13 @@ def test_kill_at_any_moment_of_a_write(tmp_path: Path) -> None:
     assert ended.stdout.split() == [str(-signal.SIGKILL)] * len(MOMENTS), ended.stderr
     for i, (place, call, late) in enumerate(MOMENTS):
         folder = tmp_path / str(i)
-        renamed = (place, call, late) == ("replace", 4, True) or (place, call) == ("_sync", 6)
+        renamed = (place, call, late) == ("replace", 4, True)
         state = load_checkpoint(folder, small_state())
         assert state.step == (4 if renamed else 2)
         fit(state, small_batches(), STEP, checkpoint=folder)
-        assert len(list(folder.iterdir())) == 2  # nothing of the killed write is left behind
+        # nothing of the killed write is left behind
+        assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+        assert len(list(folder.iterdir())) == 2
         assert load_checkpoint(folder, small_state()).step == 6
 
 
@@ -411,7 +413,7 @@ def full(*arguments: object, **named: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["save_file", "_sync", "os.replace", "Path.write_text"])
+@pytest.mark.parametrize("place", ["os.fsync", "os.replace", "Path.write_bytes"])
 def test_full_disk_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -419,7 +421,7 @@ def test_full_disk_keeps_the_old_checkpoint(
     state = load_checkpoint(tmp_path, small_state())
     with monkeypatch.context() as patch:
         patch.setattr(f"mini_resdecay.train.{place}", full)
-        with pytest.raises(OSError, match=r"checkpoint of step 4: .*No space.*step 2 is kept in"):
+        with pytest.raises(OSError, match="No space left on device"):
             fit(state, small_batches(), STEP, until=4, checkpoint=tmp_path)
     assert load_checkpoint(tmp_path, small_state()).step == 2
     assert not list(tmp_path.glob("*.tmp"))
@@ -454,7 +456,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path, file: str, how: str) -> N
     damage(next(tmp_path.glob(file)), how)
     before = everything(small_state())
     state = small_state()
-    with pytest.raises(ValueError, match=r"checkpoint .* is damaged: .* cut"):
+    with pytest.raises(ValueError, match="checkpoint .* is damaged, cut or altered"):
         load_checkpoint(tmp_path, state)
     assert_same(everything(state), before)
 
@@ -475,13 +477,13 @@ def test_every_byte_of_the_json_counts(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+    with pytest.raises(FileNotFoundError, match="checkpoint.json"):
         load_checkpoint(tmp_path, small_state())
 
 
 def test_checkpoint_of_another_experiment(tmp_path: Path) -> None:
     fit(small_state(), small_batches(), STEP, until=2, checkpoint=tmp_path, fingerprint="decay-7f")
-    message = r"of another experiment: its fingerprint is 'decay-7f', this one's is 'plain-03'"
+    message = "of another experiment: 'decay-7f', not 'plain-03'"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path, small_state(), "plain-03")
     with pytest.raises(ValueError, match=message):  # nor is it overwritten
@@ -489,38 +491,31 @@ def test_checkpoint_of_another_experiment(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path, small_state(), "decay-7f").step == 2
 
 
-def other_net(width: int, norm: bool) -> TrainState:
-    seed_everything(0)
-    layer = nn.BatchNorm1d(width) if norm else nn.Identity()
-    net = nn.Sequential(nn.Linear(5, width), layer, nn.Dropout(), nn.ReLU(), nn.Linear(width, 3))
-    optimizer = torch.optim.AdamW(net.parameters())
-    return make_state(net, optimizer, scheduler=cosine_schedule(optimizer, 6), ema_decay=0.9)
-
-
 def test_checkpoint_of_another_net_names_what_differs(tmp_path: Path) -> None:
     fit(small_state(), small_batches(), STEP, until=2, checkpoint=tmp_path)
-    shapes = r"fit the model: 0.bias: \[8\] in the checkpoint, \[9\] here; 0.weight: \[8, 5\] in"
-    with pytest.raises(ValueError, match=shapes):
-        load_checkpoint(tmp_path, other_net(9, norm=True))
-    missing = r"fit the model: 1.bias: \[8\] in the checkpoint, missing here"
-    with pytest.raises(ValueError, match=missing):
-        load_checkpoint(tmp_path, other_net(8, norm=False))
+    state = small_state()
+    state.net[0] = nn.Linear(5, 9)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0.weight: .*\[8, 5\].*\[9, 5\]"):
+        load_checkpoint(tmp_path, state)
 
 
 def test_checkpoint_of_another_set_up(tmp_path: Path) -> None:
     fit(small_state(), small_batches(), STEP, until=2, checkpoint=tmp_path)
     state = small_state()
     state.ema = None
-    with pytest.raises(ValueError, match="only the checkpoint has a ema"):
+    with pytest.raises(ValueError, match="does not fit: only one of the two has {'ema'}"):
         load_checkpoint(tmp_path, state)
-    state = small_state()
-    first, *others = state.net.parameters()
-    groups = [{"params": [first]}, {"params": others, "lr": 1.0}]
-    state.optimizer = torch.optim.AdamW(groups)
-    with pytest.raises(ValueError, match=r"per group are \[6\] in the checkpoint, \[1, 5\] here"):
-        load_checkpoint(tmp_path, state)
-    with pytest.raises(ValueError, match=r"of another optimizer: only one of them has .*betas"):
-        load_checkpoint(tmp_path, small_state("momentum"))
+
+
+def test_a_checkpoint_of_a_gpu_loads_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train._parts
+    gpu = {"cuda": (lambda: torch.zeros(16, dtype=torch.uint8), print)}
+    monkeypatch.setattr(train, "_parts", lambda state: real(state) | gpu)
+    fit(small_state(), small_batches(), STEP, until=2, checkpoint=tmp_path)
+    monkeypatch.setattr(train, "_parts", real)
+    assert load_checkpoint(tmp_path, small_state()).step == 2
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,13 +530,6 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert load_checkpoint(tmp_path, small_state()).step == 2
     kinds = {path.suffix for path in tmp_path.iterdir()}
     assert kinds == {".json", ".safetensors"}
-
-
-def test_what_json_cannot_hold_is_named(tmp_path: Path) -> None:
-    state = small_state()
-    state.history.append({"loss": object()})
-    with pytest.raises(TypeError, match="/history/0/loss is a object, which a checkpoint cannot"):
-        save_checkpoint(tmp_path, state)
 
 
 def test_tied_weights_are_stored(tmp_path: Path) -> None:
@@ -592,31 +580,18 @@ def test_ema_decay_out_of_range(decay: float) -> None:
         linear_state(ema_decay=decay)
 
 
-@pytest.mark.parametrize("name", ["every", "checkpoint_every"])
-def test_intervals_below_one(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
-        fit(linear_state(), range(3), STEP, **{name: 0})
-
-
 def test_precision_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="precision must be one of no, fp16, bf16, got 'fp8'"):
-        linear_state(precision="fp8")
-    with pytest.raises(ValueError, match="must be 'no' without a GPU, got 'fp16'"):
+    with pytest.raises(ValueError, match='precision on this device must be one of no, got "fp16"'):
         linear_state(precision="fp16", cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(ValueError, match="compute capability 8.0, this GPU has 7.5: use 'fp16'"):
+    with pytest.raises(ValueError, match='must be one of no, fp16, got "bf16"'):
         train.check_precision("bf16")
     train.check_precision("fp16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     train.check_precision("bf16")
-
-
-def test_a_state_whose_device_was_taken_is_refused() -> None:
-    state = linear_state()
-    state.accelerator = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="state is on cpu, but a later make_state asked for"):
-        fit(state, range(1), STEP)
+    with pytest.raises(ValueError, match='must be one of no, fp16, bf16, got "fp8"'):
+        train.check_precision("fp8")
 
 
 def test_rows_of_each_process() -> None:
@@ -680,7 +655,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    found = [train.load_file(two / f"rank{rank}.out") for rank in (0, 1)]
+    found = [safetensors.torch.load_file(two / f"rank{rank}.out") for rank in (0, 1)]
     for name, value in expected.net.state_dict().items():
         assert torch.equal(found[0][name], found[1][name])
         torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-6)
@@ -689,9 +664,3 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
     state = make_state(expected.net, torch.optim.SGD(expected.net.parameters()), ema_decay=0.9)
     assert load_checkpoint(two, state).step == 6
-
-
-def test_the_loop_stays_small() -> None:
-    source = Path(train.__file__).read_text(encoding="utf-8")
-    fit_ = next(x for x in ast.parse(source).body if getattr(x, "name", "") == "fit")
-    assert fit_.end_lineno - fit_.lineno < 60

@@ -34,7 +34,8 @@ def state_of(box) -> dict[str, list[dict]]:
 def test_slider_and_stack_are_joined_in_the_browser():
     models = state_of(stepper(PNGS, ALTS, LABELS, "training step"))
     (slider,), (stack,), (link,) = (
-        models[name] for name in ("SelectionSliderModel", "StackModel", "LinkModel"))
+        models[name] for name in ("SelectionSliderModel", "StackModel", "LinkModel")
+    )
     assert link["source"] == [f"IPY_MODEL_{slider['id']}", "index"]
     assert link["target"] == [f"IPY_MODEL_{stack['id']}", "selected_index"]
     assert slider["index"] == stack["selected_index"] == 0
@@ -66,13 +67,21 @@ def test_the_stack_follows_the_slider_frame_by_frame():
     assert slider.label == "step 100"
 
 
-@pytest.mark.parametrize("pngs, alts, labels, message", [
-    (PNGS, ALTS[:2], LABELS, "equally many and at least 2, got 3, 2 and 3"),
-    (PNGS, ALTS, LABELS[:1], "equally many and at least 2, got 3, 3 and 1"),
-    (PNGS[:1], ALTS[:1], LABELS[:1], "equally many and at least 2, got 1, 1 and 1"),
-    ([*PNGS[:2], png(9, (5, 5))], ALTS, LABELS, r"one size, got \[\(5, 5\), \(12, 8\)\] pixels"),
-    (PNGS, [*ALTS[:2], "  "], LABELS, "alts must each describe their frame, got '  '"),
-])
+@pytest.mark.parametrize(
+    "pngs, alts, labels, message",
+    [
+        (PNGS, ALTS[:2], LABELS, "equally many and at least 2, got 3, 2 and 3"),
+        (PNGS, ALTS, LABELS[:1], "equally many and at least 2, got 3, 3 and 1"),
+        (PNGS[:1], ALTS[:1], LABELS[:1], "equally many and at least 2, got 1, 1 and 1"),
+        (
+            [*PNGS[:2], png(9, (5, 5))],
+            ALTS,
+            LABELS,
+            r"one size, got \[\(5, 5\), \(12, 8\)\] pixels",
+        ),
+        (PNGS, [*ALTS[:2], "  "], LABELS, "alts must each describe their frame, got '  '"),
+    ],
+)
 def test_bad_input_is_named(pngs, alts, labels, message):
     with pytest.raises(ValueError, match=message):
         stepper(pngs, alts, labels, "training step")
