@@ -306,7 +306,7 @@ def _image_accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
         (net(a.to(device)).argmax(1).cpu() == b).double().sum()
         for a, b in zip(x.split(100), y.split(100), strict=True)
     ]
-    return (sum(hits) / len(y)).item()  # type: ignore[union-attr]
+    return (sum(hits) / len(y)).item()
 
 
 # ---- both ------------------------------------------------------------------------------------
