@@ -66,7 +66,8 @@ def run(notebook: NotebookNode, folder: Path) -> dict[str, float]:
 
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=3000,
+        startup_timeout=600,
         kernel_name="python3",
         store_widget_state=True,
         record_timing=False,
@@ -106,9 +107,12 @@ def normalise(notebook: NotebookNode) -> None:
 def stable_widget_ids(text: str, name: str) -> str:
     """Replace the random ids of widget models by ids that depend on the chapter and the order."""
     widgets = json.loads(text)["metadata"].get("widgets", {})
-    for state in widgets.values():
-        for index, model in enumerate(state["state"]):
-            text = text.replace(model, hashlib.md5(f"{name}-{index}".encode()).hexdigest())
+    models = [model for state in widgets.values() for model in state["state"]]
+    stable = [hashlib.md5(f"{name}-{index}".encode()).hexdigest() for index in range(len(models))]
+    if set(models) & set(stable):
+        return text  # done before: replacing one by one would merge models
+    for model, new in zip(models, stable, strict=True):
+        text = text.replace(model, new)
     return text
 
 
