@@ -56,7 +56,7 @@ unit: $(STAMP)
 	    --ignore=tests/book/test_browser.py --junitxml=$(REPORTS)/unit.xml
 
 notebooks: $(STAMP)
-	$(AS_READER) $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -W default \
+	$(AS_READER) $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 -W default \
 	    book --junitxml=$(REPORTS)/notebooks.xml
 
 site: book
