@@ -259,12 +259,13 @@ def add_to_log(state: TrainState, lr: float, path: str | Path | None) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that the step under way is finished; the next one acts."""
+    """Collect Ctrl-C and SIGTERM, so that the step under way is finished; the second one raises."""
     caught: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
         caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
