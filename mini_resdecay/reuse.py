@@ -292,8 +292,8 @@ def node_distance(features: Sequence[Tensor]) -> Tensor:
     L layers of `[n, d]` give `[d, L, L]`. A statement about histograms: permuting the points of
     a layer changes nothing. NaN for a dead node (standard deviation below 1e-6).
     """
-    ordered = torch.stack([_z_scored(x.sort(dim=0).values) for x in features])
-    return (ordered[:, None] - ordered[None]).abs().mean(2).permute(2, 0, 1)
+    ordered = torch.stack([_z_scored(x.sort(dim=0).values).T for x in features], dim=1)
+    return torch.cdist(ordered, ordered, p=1) / ordered.shape[2]
 
 
 def node_correlation(features: Sequence[Tensor]) -> Tensor:
