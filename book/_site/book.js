@@ -20,9 +20,10 @@ function mend() {
   }
 }
 
-// What scrolls sideways can be reached by keyboard.
+// What scrolls sideways can be reached by keyboard; the theme looks at code only once, too early.
+const SCROLLS = "mjx-container[display], .cell_output, .bd-article pre, .bd-article table";
 function reachable() {
-  for (const box of document.querySelectorAll("mjx-container[display], .cell_output")) {
+  for (const box of document.querySelectorAll(SCROLLS)) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
   }
 }
@@ -32,3 +33,5 @@ window.addEventListener("load", () => {
   mend();
   (window.MathJax?.startup?.promise ?? Promise.resolve()).then(reachable);
 });
+document.addEventListener("toggle", reachable, true);
+document.fonts.ready.then(reachable);
