@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 
@@ -32,13 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="one experiment: source, expectation, cost, recipes")
     show.add_argument("name")
     show.set_defaults(command=_show)
-    run = commands.add_parser("run", help="run one seed and write its result")
-    run.add_argument("name")
+    run = commands.add_parser("run", help="run one seed, or all of STUDY-study; write results")
+    run.add_argument("name", help="an experiment, or STUDY-study for all that is not recorded yet")
     run.add_argument("--tier", default="cpu", help=f"{', '.join(TIERS)} (default: cpu)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--data", help="folder of image sets (default: MINI_RESDECAY_DATA)")
     run.add_argument("--out", default="runs", help="folder of results (default: runs)")
     run.add_argument("--resume", action="store_true", help="skip what is done, go on if stopped")
+    run.add_argument("--part", default="1/1", help="of a study: 1/2 and 2/2 run side by side")
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe")
     run.set_defaults(command=_run)
     report = commands.add_parser("report", help="recorded results, mean and spread over seeds")
@@ -62,16 +64,36 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    study, _, whole = options.name.rpartition("-")
+    if whole != "study":
+        _run_one(options, options.name, options.seed)
+        return
+    part, parts = _part(options.part)
+    left = experiments.queue(study, options.out)[part - 1 :: parts]
+    for place, (experiment, seed) in enumerate(left, 1):
+        print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
+        _run_one(options, experiment.name, seed)
+
+
+def _run_one(options: argparse.Namespace, name: str, seed: int) -> None:
     path = experiments.run(
-        options.name,
+        name,
         tier=options.tier,
-        seed=options.seed,
+        seed=seed,
         data=options.data,
         out=options.out,
         resume=options.resume,
         changes=options.set,
     )
-    print(f"wrote {path}")
+    print(f"wrote {path}", flush=True)
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    part, parts = map(int, found.groups()) if found else (2, 1)
+    if part > parts:
+        raise ValueError(f"part must be like 1/2, its first number at most its second, got {text}")
+    return part, parts
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from . import results, reuse
 from .cnn import ResidualCNN
 from .data import Batches, ImageSet, flip, load, shift, to_float
+from .droppath import ARMS
 from .shortcuts import known
 from .toy import accuracy, seeded_nets, spiral, train_together
 from .train import (
@@ -32,8 +33,10 @@ from .train import (
     make_state,
     seed_everything,
 )
+from .vit import Classifier, ViT
 
 TIERS = ("cpu", "t4", "full")
+PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,17 @@ class SpiralRecipe:
     residual: bool = True
     steps: int = 1000
     lr: float = 1e-3
+    arm: str = "plain"
+    p: float = 0.2
 
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """A residual CNN on images: AdamW, cosine schedule, shifts of 2 pixels (and flips)."""
+    """A classifier of images: AdamW, cosine schedule, shifts of 2 pixels (and flips).
+
+    The residual CNN has `blocks` blocks of each width; a ViT has width `widths[0]`, depth
+    `blocks`, 4 heads and patches of 4 pixels. `epochs` counts the batches of the plain arm.
+    """
 
     data: str = "cifar10"
     images: int = 10_000
@@ -62,6 +71,9 @@ class ImageRecipe:
     blocks: int = 3
     flips: bool = True
     measured: int = 2000  # images that the diagnosis looks at
+    net: str = "cnn"
+    arm: str = "plain"
+    p: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def _spiral(arm: str, recipe: SpiralRecipe, expects: str) -> Experiment:
     )  # fmt: skip
 
 
-def _images(data: str, flips: bool, minutes: float) -> Experiment:
+def _reuse(data: str, flips: bool, minutes: float) -> Experiment:
     t4 = ImageRecipe(data=data, flips=flips)
     tiers = {
         "cpu": replace(t4, images=1000, epochs=2, measured=500),
@@ -105,7 +117,35 @@ def _images(data: str, flips: bool, minutes: float) -> Experiment:
     )  # fmt: skip
 
 
+def _droppath(data: str, net: str, arm: str, p: float, seeds: int) -> Experiment:
+    """A cell of the study of chapter 4. Its rule: accuracy, paired over seeds, five of them."""
+    t4 = ImageRecipe(
+        data=data, images=5000, epochs=15, lr=1e-3, weight_decay=0.0, flips=data == "cifar10",
+        measured=500, net=net, arm=arm, p=p,
+    )  # fmt: skip
+    if net == "vit":
+        t4 = replace(t4, lr=5e-4, widths=(64,), blocks=6)
+    tiers = {
+        "cpu": replace(t4, images=512, epochs=1, measured=100),
+        "t4": t4,
+        "full": replace(
+            t4, images=10_000, measured=2000, widths=t4.widths if net == "vit" else (32, 64, 128)
+        ),
+    }
+    name = f"{data}-{net}-{arm}" + ("" if p == 0.2 else f"-p{round(100 * p)}")
+    return Experiment(
+        "droppath", name, tiers, "arXiv 2411.09475, its table (unread), on other images",
+        "rule fixed before the runs: two-stage helps where the 95 % interval of its accuracy minus "
+        "plain-eq's is above 0; freezing matters where two-stage minus mixture excludes 0",
+        3, 1.5, tuple(range(seeds)),
+    )  # fmt: skip
+
+
 _RESIDUAL = SpiralRecipe()
+_DECIDING = ("plain-eq", "droppath", "two-stage", "mixture")
+_CONTROLS = ("plain", "plain-half", "no-freeze", "random-freeze")
+_NETS = ("cnn", "vit")
+# What decides comes first: a study is run in this order, and seed by seed.
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -117,8 +157,17 @@ EXPERIMENTS: dict[str, Experiment] = {
             replace(_RESIDUAL, depth=6, width=6, steps=2000, lr=1e-2),
             "no effect of training on the rebound",
         ),
-        _images("fashion-mnist", flips=False, minutes=8),
-        _images("cifar10", flips=True, minutes=10),
+        _reuse("fashion-mnist", flips=False, minutes=8),
+        _reuse("cifar10", flips=True, minutes=10),
+        *(_droppath("fashion-mnist", n, a, 0.2, 5) for n in _NETS for a in _DECIDING),
+        *(_droppath("cifar10", n, a, 0.2, 5) for n in _NETS for a in _DECIDING),
+        *(_droppath("fashion-mnist", n, a, 0.2, 3) for n in _NETS for a in _CONTROLS),
+        *(
+            _droppath("fashion-mnist", n, a, p, 3)
+            for p in (0.1, 0.5)
+            for n in _NETS
+            for a in ("two-stage", "mixture")
+        ),
     )
 }
 
@@ -157,6 +206,19 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
 
 
+def queue(study: str, out: str | Path) -> list[tuple[Experiment, int]]:
+    """What of a study is not recorded in `out` yet, seed by seed: what decides comes first."""
+    known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
+    arms = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
+    seeds = sorted({seed for arm in arms for seed in arm.seeds})
+    runs = [(arm, seed) for seed in seeds for arm in arms if seed in arm.seeds]
+    return [(arm, seed) for arm, seed in runs if not _record(arm, seed, out).exists()]
+
+
+def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:
+    return Path(out) / experiment.study / f"{experiment.arm}-s{seed}.json"
+
+
 def run(
     name: str,
     *,
@@ -174,7 +236,7 @@ def run(
     """
     experiment = get(name)
     recipe = recipe_of(experiment, tier, changes)
-    path = Path(out) / experiment.study / f"{experiment.arm}-s{seed}.json"
+    path = _record(experiment, seed, out)
     if resume and path.exists():
         results.read(path)
         return path
@@ -227,10 +289,10 @@ def _diagnose_spiral(
     score = partial(accuracy, net, test_x, test_y)
     return {
         "accuracy": score(),
-        "probe": _probes(features, y, test, test_y),
+        "probe": reuse.probe_layers(features, y, test, test_y),
         "returning": int(reuse.returning_nodes(features).sum()),
         "returning_paired": int(reuse.returning_nodes(features, rho=0.9).sum()),
-        **_diagnose(net, features, score),
+        **reuse.diagnose(net, features, score),
     }
 
 
@@ -261,16 +323,66 @@ def _run_images(
 def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
     seed_everything(seed)
-    channels, classes = train.images.shape[1], len(train.classes)
-    model = ResidualCNN(channels, classes, recipe.widths, recipe.blocks)
+    model = _image_net(recipe, train)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
-    steps = recipe.epochs * (len(train) // recipe.batch)
-    schedule = cosine_schedule(optimizer, steps, warmup=min(steps // 10, 50))
-    state = make_state(model, optimizer, scheduler=schedule, seed=seed, cpu=cpu)
+    steps, draws = _length(recipe, recipe.epochs * (len(train) // recipe.batch))
+    schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
+    # Masks have a generator of their own, so that all arms see the same batches.
+    state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
     augment = partial(_augment, flips=recipe.flips)
-    return state, Batches(train, recipe.batch, steps, seed, augment), loss_step(_classify)
+    batches = Batches(train, recipe.batch, draws * steps, seed, augment)
+    step = partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify)
+    return state, batches if draws == 1 else _Pairs(batches), step
+
+
+def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
+    _, channels, side, _ = train.images.shape
+    if known("net", recipe.net, ("cnn", "vit")) == "cnn":
+        return ResidualCNN(channels, len(train.classes), recipe.widths, recipe.blocks)
+    vit = ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels)
+    return Classifier(vit, len(train.classes))
+
+
+def _length(recipe: ImageRecipe, iterations: int) -> tuple[int, int]:
+    """Calls of the step, and batches a call, where the plain arm has `iterations` batches.
+
+    A pair takes two batches. `plain-half` has as many updates a block as the pairs have,
+    `plain-eq` as much compute.
+    """
+    known("arm", recipe.arm, (*PLAIN, *ARMS))
+    if recipe.arm in ("plain", "droppath"):
+        return iterations, 1
+    if recipe.arm == "plain-eq":
+        return round(iterations / 2 * ARMS["two-stage"][1](recipe.p) / 3), 1
+    return iterations // 2, 1 if recipe.arm == "plain-half" else 2
+
+
+class _Pairs(Sequence[Any]):
+    """Batches two by two."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches) // 2
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.batches[2 * i], self.batches[2 * i + 1]
+
+
+def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, Any]:
+    fresh = iter(batch if isinstance(batch[0], tuple) else [batch])
+
+    def loss_fn() -> Tensor:
+        with state.accelerator.autocast():
+            return _classify(state, next(fresh))
+
+    step, optimizer = ARMS[recipe.arm][0], state.optimizer.optimizer  # type: ignore[attr-defined]
+    scaler = state.accelerator.scaler
+    pair = step(state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=scaler)
+    return {"loss": pair.stage1} | ({} if pair.stage2 is None else {"full_loss": pair.stage2})
 
 
 def _augment(images: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
@@ -289,53 +401,32 @@ def _diagnose_images(
     net.eval()
     fitted, probed = train.subset(recipe.measured, 1), test.subset(recipe.measured, 1)
     x, y = to_float(probed.images), probed.labels
-    read = partial(reuse.layer_features, net, pool="mean")
+    body = net.vit if isinstance(net, Classifier) else net
+    read = partial(reuse.layer_features, body, pool="mean")
     features, bank = read(x), read(to_float(fitted.images))
-    score = partial(_image_accuracy, net, x, y)
     return {
-        "accuracy": _image_accuracy(net, to_float(test.images), test.labels),
-        "probe": _probes(bank, fitted.labels, features, y),
-        **_diagnose(net, features, score),
+        **_quality(_logits(net, to_float(test.images)), test.labels),
+        "probe": reuse.probe_layers(bank, fitted.labels, features, y),
+        **reuse.diagnose(net, features, lambda: _quality(_logits(net, x), y)["accuracy"]),
     }
 
 
 @torch.no_grad()
-def _image_accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+def _logits(net: nn.Module, x: Tensor) -> Tensor:
     device = next(net.parameters()).device
-    hits = [
-        (net(a.to(device)).argmax(1).cpu() == b).double().sum()
-        for a, b in zip(x.split(100), y.split(100), strict=True)
-    ]
-    return (sum(hits) / len(y)).item()
+    return torch.cat([net(part.to(device)).cpu() for part in x.split(100)])
 
 
-# ---- both ------------------------------------------------------------------------------------
+def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy, cross-entropy in nats, and expected calibration error over 15 bins."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
 
-
-def _diagnose(net: nn.Module, features: list[Tensor], score: Any) -> dict[str, Any]:
-    """The measures that every net gets, as plain numbers and lists."""
-    bare = [reuse.remove_top_component(x) for x in features]
-    maps = {
-        "cosine": reuse.similarity_map(features, reuse.cosine),
-        "centred_cosine": reuse.similarity_map(features, reuse.centred_cosine),
-        "cka": reuse.similarity_map(features, reuse.linear_cka),
-        "debiased_cka": reuse.similarity_map(features, reuse.debiased_cka),
-        "cka_without_top": reuse.similarity_map(bare, reuse.linear_cka),
-    }
-    full = {name: m for name, m in maps.items() if m.isfinite().all()}
+    error = multiclass_calibration_error(logits.softmax(1), y, logits.shape[1], n_bins=15)
     return {
-        "map": {name: [[round(v, 4) for v in row] for row in m.tolist()]
-                for name, m in full.items() if name != "centred_cosine"},
-        "rebound": {name: reuse.map_rebound(m) for name, m in full.items()},
-        "rank": [reuse.effective_rank(x, centre=True) for x in features],
-        "skip": reuse.skip_one(net, score).tolist(),
-        "half": reuse.keep_random(net, score, draws=10).mean().item(),
-    }  # fmt: skip
-
-
-def _probes(train: list[Tensor], y: Tensor, test: list[Tensor], test_y: Tensor) -> list[float]:
-    pairs = zip(train, test, strict=True)
-    return [reuse.probe_accuracy(a, y, b, test_y) for a, b in pairs]
+        "accuracy": (logits.argmax(1) == y).double().mean().item(),
+        "loss": F.cross_entropy(logits.double(), y).item(),
+        "calibration_error": error.item(),
+    }
 
 
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:
@@ -345,7 +436,7 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
         return losses[:, 0].tolist()
     assert train is not None
     state, batches, step = _image_training(recipe, seed, train, cpu=True)
-    return [float(step(state, batches[i])["loss"]) for i in range(5)]
+    return [float(step(state, batches[i])["loss"]) for i in range(min(5, len(batches)))]
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

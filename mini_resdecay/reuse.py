@@ -462,3 +462,41 @@ def probe_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Ten
 def logit_lens(head: nn.Module, features: Sequence[Tensor], y: Tensor) -> Tensor:
     """Accuracy of the trained head on each layer's features, without refitting: `[L]`."""
     return torch.stack([(head(x).argmax(-1) == y).double().mean() for x in features])
+
+
+# ---- All of it -------------------------------------------------------------------------------
+
+
+def probe_layers(
+    train: Sequence[Tensor], train_y: Tensor, test: Sequence[Tensor], test_y: Tensor
+) -> list[float]:
+    """`probe_accuracy` of every layer, from its features on train and test points."""
+    pairs = zip(train, test, strict=True)
+    return [probe_accuracy(a, train_y, b, test_y) for a, b in pairs]
+
+
+def diagnose(
+    model: nn.Module, features: Sequence[Tensor], score: Callable[[], float]
+) -> dict[str, Any]:
+    """The measures that every recorded net gets, as plain numbers and lists.
+
+    map: similarity maps; rebound: their scores; rank: effective rank by layer (centred);
+    skip: loss of `score()` by path switched off; half: mean `score()` with half the paths.
+    """
+    bare = [remove_top_component(x) for x in features]
+    maps = {
+        "cosine": similarity_map(features, cosine),
+        "centred_cosine": similarity_map(features, centred_cosine),
+        "cka": similarity_map(features, linear_cka),
+        "debiased_cka": similarity_map(features, debiased_cka),
+        "cka_without_top": similarity_map(bare, linear_cka),
+    }
+    full = {name: found for name, found in maps.items() if found.isfinite().all()}
+    kept = {name: found.tolist() for name, found in full.items() if name != "centred_cosine"}
+    return {
+        "map": {k: [[round(v, 4) for v in row] for row in rows] for k, rows in kept.items()},
+        "rebound": {name: map_rebound(found) for name, found in full.items()},
+        "rank": [effective_rank(x, centre=True) for x in features],
+        "skip": skip_one(model, score).tolist(),
+        "half": keep_random(model, score, draws=10).mean().item(),
+    }

@@ -134,10 +134,11 @@ class Residual(nn.Module):
     branch: module whose output has the shape of its input, [B, ..., D] (or [B, D, H, W]);
     norm: identity unless given; rule: `Plain` unless given, see `SHORTCUTS`. Further arguments
     of `forward` go to the branch. `mask` is None (branch as it is) or a float tensor that
-    multiplies the branch's output; set it with `path_mask`, never by hand.
+    multiplies the branch's output, `skipped` leaves the branch out; `path_mask` sets both.
     """
 
     mask: Tensor | None
+    skipped = False
 
     def __init__(
         self, branch: nn.Module, norm: nn.Module | None = None, rule: nn.Module | None = None
@@ -150,6 +151,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         def branch(z: Tensor) -> Tensor:
+            if self.skipped:
+                return z.new_zeros(())
             out = self.branch(z, *args, **kwargs)
             return out if self.mask is None else self.mask * out
 
@@ -162,12 +165,15 @@ def paths(model: nn.Module) -> list[Residual]:
 
 
 @contextmanager
-def path_mask(model: nn.Module, mask: Tensor | Sequence[float]) -> Iterator[None]:
+def path_mask(
+    model: nn.Module, mask: Tensor | Sequence[float], skip: bool = False
+) -> Iterator[None]:
     """Inside the `with` block, branch l of `model` is multiplied by `mask[l]`.
 
     mask: [L], 1 keeps a branch, 0 drops it; other values scale it, as 1 / (1 - p) does in
     training with dropped paths. An entry may have axes of its own ([L, B, 1, 1]: a mask for
-    each sample). What was there before comes back at the end, after an error too.
+    each sample). With `skip` a branch whose entry is 0 is not even run: faster, but the graph then
+    depends on the mask. What was there before comes back at the end, after an error too.
     Raises ValueError if the mask does not have one entry a path.
     """
     blocks = paths(model)
@@ -178,14 +184,15 @@ def path_mask(model: nn.Module, mask: Tensor | Sequence[float]) -> Iterator[None
             f"mask must have one entry for each of the {len(blocks)} paths, "
             f"got shape {tuple(mask.shape)}"
         )
-    before = [block.mask for block in blocks]
+    before = [(block.mask, block.skipped) for block in blocks]
+    unused = [skip and not entry.any() for entry in mask]
     try:
-        for block, value in zip(blocks, mask.to(_device(model)), strict=True):
-            block.mask = value
+        for block, value, none in zip(blocks, mask.to(_device(model)), unused, strict=True):
+            block.mask, block.skipped = value, none
         yield
     finally:
         for block, old in zip(blocks, before, strict=True):
-            block.mask = old
+            block.mask, block.skipped = old
 
 
 def known(argument: str, value: str, allowed: Collection[str]) -> str:

@@ -1,0 +1,150 @@
+"""A vision transformer from parts: patches, attention, MLP, and the `Residual` of every net.
+
+Each block of the usual description is two `Residual`s here, attention and MLP, so that paths and
+factors are counted by sub-layer. Source: arXiv 2010.11929; positions and names as in 2111.06377.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .shortcuts import Residual, alpha_schedule, make_rules, paths
+
+
+def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
+    """Fixed positions [1 + rows * columns, dim]: zeros for the class token, then row by row.
+
+    The first half of the channels tells the column, the second the row, each as the sines, then
+    the cosines of dim / 4 frequencies. Raises ValueError if dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim), table.float()])
+
+
+class Stem(nn.Module):
+    """Images [B, C, H, W] to tokens [B, 1 + N, D]: linear patches with positions, class token.
+
+    With `keep` [B, K], indices of patches, only those are embedded: [B, 1 + K, D].
+    """
+
+    def __init__(self, image_size: int, patch_size: int, dim: int, channels: int) -> None:
+        super().__init__()
+        if patch_size < 1 or image_size % patch_size:
+            raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
+        self.shape, self.patch_size = (channels, image_size, image_size), patch_size
+        side = image_size // patch_size
+        self.embed = nn.Linear(channels * patch_size**2, dim)
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.positions: Tensor
+        self.register_buffer("positions", sincos_positions(dim, side, side))
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        if images.shape[1:] != self.shape:
+            raise ValueError(f"images must be [B, {self.shape}], got {tuple(images.shape)}")
+        size = {"p": self.patch_size, "q": self.patch_size}
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", **size)
+        places = repeat(self.positions[1:], "n d -> b n d", b=len(images))
+        if keep is not None:
+            patches, places = (
+                x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[2])) for x in (patches, places)
+            )
+        cls = repeat(self.cls + self.positions[0], "1 1 d -> b 1 d", b=len(images))
+        return torch.cat([cls, self.embed(patches) + places], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [B, N, D] to the same shape."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim {dim}, got {heads}")
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with GELU between, on each token alone: [B, N, D] to the same shape."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.inner, self.act, self.out = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+
+
+class ViT(nn.Module):
+    """`depth` blocks of attention and MLP over image patches: [B, C, H, W] to [B, 1 + N, D].
+
+    `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer. `zero_init` starts every
+    branch at zero. Xavier-uniform weights, zero biases.
+    Raises ValueError for sizes that do not divide, depth < 1, and a shortcut that cannot use
+    `alpha_min`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        channels: int = 3,
+        shortcut: str = "plain",
+        alpha_min: float = 1.0,
+        zero_init: bool = False,
+        final_norm: bool = True,
+        eps: float = 1e-6,
+        mlp_ratio: float = 4,
+    ) -> None:
+        super().__init__()
+        rules = make_rules(shortcut, alpha_schedule(depth, alpha_min))
+        self.stem = Stem(image_size, patch_size, dim, channels)
+        self.blocks = nn.ModuleList(
+            Residual(
+                MLP(dim, int(mlp_ratio * dim)) if k % 2 else Attention(dim, heads),
+                nn.LayerNorm(dim, eps=eps),
+                rule,
+            )
+            for k, rule in enumerate(rules)
+        )
+        self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
+        self.apply(xavier)
+        if zero_init:
+            for block in paths(self):
+                nn.init.zeros_(block.branch.get_parameter("out.weight"))
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = self.stem(images, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Classifier(nn.Module):
+    """A linear head on the mean of the patch tokens of `vit`: [B, C, H, W] to logits."""
+
+    def __init__(self, vit: ViT, classes: int) -> None:
+        super().__init__()
+        self.vit, self.head = vit, nn.Linear(vit.stem.embed.out_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.vit(images)[:, 1:].mean(1))
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for a linear layer, nothing for another module."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
