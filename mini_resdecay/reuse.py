@@ -496,7 +496,8 @@ def diagnose(
     return {
         "map": {k: [[round(v, 4) for v in row] for row in rows] for k, rows in kept.items()},
         "rebound": {name: map_rebound(found) for name, found in full.items()},
-        "rank": [effective_rank(x, centre=True) for x in features],
+        # A layer that maps all inputs to one point spans no dimension.
+        "rank": [effective_rank(x, centre=True) if _centred(x).any() else 0.0 for x in features],
         "skip": skip_one(model, score).tolist(),
         "half": keep_random(model, score, draws=10).mean().item(),
     }
