@@ -6,7 +6,9 @@ so it can be read from top to bottom:
     data         image sets as uint8 tensors, seeded batches, augmentation of whole batches
     shortcuts    the heart: alpha schedules, path masks and `Residual`, the one block of every net
     toy          the spiral and the linear residual net
+    vit          a vision transformer from parts
     cnn          a small residual CNN
+    droppath     the two-stage ResidualDroppath step and its control arms
     train        one training loop for everything; the step is passed in
     reuse        the diagnosis: similarity maps, effective rank, skip-one-block, probes by layer
     results      recorded runs: written, checked, compared, opened

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shortcuts import known
+from .data import known
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ JPEG and PNG are read: nothing in a data folder is executed or unpickled.
 """
 
 import contextlib
+import difflib
 import gzip
 import hashlib
 import io
 import json
 import os
-import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Generator, Tensor
 
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -87,19 +87,20 @@ class ImageSet:
 class _Source(NamedTuple):
     hub: str
     column: str  # of the images, in the parquet files
-    test: str  # what the hub calls the split that we test on
     shape: _Shape
     classes: str = ""
+    test: str = "test"  # what the hub calls the split that we test on
     every: int = 1  # of the hub's classes, this one in so many
 
 
 _FASHION = "T-shirt/top trouser pullover dress coat sandal shirt sneaker bag boot"
 _CIFAR = "airplane automobile bird cat deer dog frog horse ship truck"
-_FASHION_HUB = "zalando-datasets/fashion_mnist"
 _SOURCES = {
-    "fashion-mnist": _Source(_FASHION_HUB, "image", "test", (28, 28, 1), _FASHION),
-    "cifar10": _Source("uoft-cs/cifar10", "img", "test", (32, 32, 3), _CIFAR),
-    "tiny-imagenet-100": _Source("zh-plus/tiny-imagenet", "image", "valid", (64, 64, 3), every=2),
+    "fashion-mnist": _Source("zalando-datasets/fashion_mnist", "image", (28, 28, 1), _FASHION),
+    "cifar10": _Source("uoft-cs/cifar10", "img", (32, 32, 3), _CIFAR),
+    "tiny-imagenet-100": _Source(
+        "zh-plus/tiny-imagenet", "image", (64, 64, 3), test="valid", every=2
+    ),
 }
 NAMES = ("digits", "shapes", *_SOURCES, "imagefolder")
 
@@ -117,10 +118,9 @@ def load(name: str, split: str, root: str | Path | None = None, *, size: int = 6
     Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError for a
     missing or empty folder, ConnectionError where the hub is needed and out of reach.
     """
-    if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    if name != "imagefolder" and split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    known("name", name, NAMES)
+    if name != "imagefolder":
+        known("split", split, ("train", "test"))
     if name == "digits":
         return _digits(split)
     if name == "shapes":
@@ -131,10 +131,11 @@ def load(name: str, split: str, root: str | Path | None = None, *, size: int = 6
     folder = Path(root).expanduser()
     if not root or not folder.is_dir():
         raise FileNotFoundError(f"root (or MINI_RESDECAY_DATA) must be a folder, got {str(root)!r}")
-    own: dict[str, Any] = {"imagefolder": partial(_image_folder, size=size), "fashion-mnist": _idx}
+    folder = folder / name if (folder / name).is_dir() else folder
     try:
-        folder = folder / name if (folder / name).is_dir() else folder
-        return own.get(name, partial(_parquet, name))(split, folder)
+        if name == "imagefolder":
+            return _image_folder(split, folder, size)
+        return _idx(split, folder) if name == "fashion-mnist" else _parquet(name, split, folder)
     except ValueError as error:
         raise ValueError(f"{name} in {folder}: {error}") from error
 
@@ -195,9 +196,8 @@ def _coverage(kind: Tensor, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
 
 # ---- sets in files ----
 
-# Encoded images, each with the place to name if it is damaged.
-_Items = list[tuple[str, bytes | Path]]
-_Rows = tuple[_Items, list[int], tuple[str, ...]]  # with labels and the names of all classes
+_Row = tuple[str, bytes | Path, int]  # place to name if it is damaged, encoded image, label
+_Rows = tuple[list[_Row], tuple[str, ...]]  # with the names of all classes
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, SyntaxError, zlib.error)
 
 
@@ -208,8 +208,7 @@ def _idx(split: str, folder: Path) -> ImageSet:
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
     if images.shape[1:] != (28, 28):
         raise ValueError(f"images must be [N, 28, 28], got {list(images.shape)}")
-    classes = tuple(_FASHION.split())
-    return ImageSet(images[:, None], labels.long(), classes, "fashion-mnist", split)
+    return ImageSet(images[:, None], labels.long(), tuple(_FASHION.split()), "fashion-mnist", split)
 
 
 def _read_idx(path: Path) -> Tensor:
@@ -241,48 +240,43 @@ def _parquet(name: str, split: str, folder: Path) -> ImageSet:
         classes = tuple(line.split("\t")[-1].split(",")[0] for line in lines)
 
     def read() -> _Rows:
-        parts = [_read_parquet(path, source.column) for path in files]
-        return sum((part[0] for part in parts), []), sum((part[1] for part in parts), []), classes
+        return [row for path in files for row in _read_parquet(path, source.column)], classes
 
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    contents = [sha256(path.read_bytes()) for path in files]
     return _kept(name, split, source.shape, [classes, contents], read)
 
 
-def _read_parquet(path: Path, column: str) -> tuple[_Items, list[int]]:
+def _read_parquet(path: Path, column: str) -> list[_Row]:
     from pyarrow import ArrowException, parquet
 
     try:
-        return _columns(parquet.ParquetFile(path).read(["label", column]), column, path.name)
+        return _rows(parquet.ParquetFile(path).read(["label", column]), column, path.name)
     except (*_DAMAGE, ArrowException) as error:
         raise ValueError(f"{path.name} is damaged or of another set: {error}") from error
 
 
-def _columns(table: Any, column: str, place: str) -> tuple[_Items, list[int]]:
-    """Images and labels of an Arrow table whose image column is a struct {bytes, path}."""
+def _rows(table: Any, column: str, place: str) -> list[_Row]:
+    """The rows of an Arrow table whose image column is a struct {bytes, path}."""
     if table["label"].null_count:
         raise ValueError(f"{table['label'].null_count} labels are missing")
-    images = [row["bytes"] for row in table[column].to_pylist()]
-    items = [(f"{place} row {row}", image) for row, image in enumerate(images)]
-    return items, table["label"].to_pylist()
+    pairs = zip(table[column].to_pylist(), table["label"].to_pylist(), strict=True)
+    return [(f"{place} row {i}", image["bytes"], y) for i, (image, y) in enumerate(pairs)]
 
 
 def _image_folder(split: str, folder: Path, size: int) -> ImageSet:
     """root/split/class/image; other files are passed over; all splits share one list of classes."""
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    suffixes = (".jpg", ".jpeg", ".png")
-    found = [path.relative_to(folder) for path in sorted(folder.glob("[!.]*/[!.]*/[!.]*"))]
-    files = [path for path in found if path.suffix.lower() in suffixes]
+    found = sorted(folder.glob("[!.]*/[!.]*/[!.]*"))
+    files = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not files:
         raise FileNotFoundError(f"{folder} must hold split/class/image.jpg or .png, got none")
-    splits, classes = (tuple(sorted({path.parts[i] for path in files})) for i in (0, 1))
-    if split not in splits:
-        raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
-    items: _Items = [(str(path), folder / path) for path in files if path.parts[0] == split]
-    labels = [classes.index(path.parts[1]) for path in files if path.parts[0] == split]
-    stats = [os.stat(path) for _, path in items]
-    key = [items, classes, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
-    return _kept("imagefolder", split, (size, size, 3), key, lambda: (items, labels, classes))
+    splits, classes = (tuple(sorted({path.parts[i] for path in files})) for i in (-3, -2))
+    known("split", split, splits)
+    files = [path for path in files if path.parts[-3] == split]
+    rows: list[_Row] = [(str(p.relative_to(folder)), p, classes.index(p.parts[-2])) for p in files]
+    key = [classes, [(path, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]]
+    return _kept("imagefolder", split, (size, size, 3), key, lambda: (rows, classes))
 
 
 def _from_hub(name: str, split: str) -> ImageSet:
@@ -290,12 +284,11 @@ def _from_hub(name: str, split: str) -> ImageSet:
     source = _SOURCES[name]
 
     def read() -> _Rows:
-        rows = _hub_rows(name, source.hub, "train" if split == "train" else source.test)
-        items, labels = _columns(rows.with_format("arrow")[:], source.column, source.hub)
-        names = tuple(source.classes.split() or rows.features["label"].names)
-        step = source.every
-        chosen = [(x, y // step) for x, y in zip(items, labels, strict=True) if y % step == 0]
-        return [x for x, _ in chosen], [y for _, y in chosen], names[::step]
+        found = _hub_rows(name, source.hub, "train" if split == "train" else source.test)
+        rows = _rows(found.with_format("arrow")[:], source.column, source.hub)
+        chosen = [(at, x, y // source.every) for at, x, y in rows if y % source.every == 0]
+        classes = source.classes.split() or found.features["label"].names
+        return chosen, tuple(classes[:: source.every])
 
     return _kept(name, split, source.shape, [source.hub], read)
 
@@ -321,38 +314,55 @@ def _hub_rows(name: str, hub: str, split: str) -> Any:
 
 def _kept(name: str, split: str, shape: _Shape, key: Any, read: Callable[[], _Rows]) -> ImageSet:
     """What `read` finds, decoded to `shape` [H, W, C]; kept in a file named by `key`."""
-    folder = Path(os.environ.get("MINI_RESDECAY_CACHE") or "~/.cache/mini_resdecay").expanduser()
-    digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
-    path = folder / f"{name}-{split}-{digest}.safetensors"
-    kept = _read_cache(path, name, split)
-    if kept is None:
-        items, labels, classes = read()
-        kept = ImageSet(_decode(items, shape), torch.tensor(labels), classes, name, split)
-        _write_cache(path, kept)
+    digest = sha256(repr((shape, key)).encode())[:16]
+    path = cache_folder() / f"{name}-{split}-{digest}.safetensors"
+    with contextlib.suppress(*_DAMAGE, SafetensorError):  # missing, cut or altered
+        return _read_cache(path, name, split)
+    rows, classes = read()
+    labels = torch.tensor([label for *_, label in rows])
+    kept = ImageSet(_decode(rows, shape), labels, classes, name, split)
+    notes = {"classes": json.dumps(classes), "seal": _seal(kept)}
+    try:
+        write_whole(path, save({"images": kept.images, "labels": labels}, notes))
+    except OSError as error:  # a full or read-only disk costs the cache, not the data
+        warnings.warn(f"{name} is not kept in {path.parent}: {error}", stacklevel=4)
     return kept
 
 
-def _decode(items: _Items, shape: _Shape) -> Tensor:
+def _read_cache(path: Path, name: str, split: str) -> ImageSet:
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+        images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
+    if notes["seal"] != _seal(kept):
+        raise ValueError(f"{path} was altered")
+    return kept
+
+
+def _seal(kept: ImageSet) -> str:
+    return sha256(f"{kept.fingerprint} {kept.classes}".encode())
+
+
+def _decode(rows: list[_Row], shape: _Shape) -> Tensor:
     """JPEG or PNG images, from memory or from files, as uint8 [N, C, H, W]."""
-    sheet = Image.new("RGB" if shape[2] == 3 else "L", (shape[1], shape[0]))
-    pixels = np.empty((len(items), *shape), np.uint8)
-    for row, (place, source) in enumerate(items):
+    height, width, channels = shape
+    pixels = np.empty((len(rows), *shape), np.uint8)
+    for i, (place, source, _) in enumerate(rows):
         try:
-            pixels[row] = _pixels(source, sheet).reshape(shape)
+            image = _open(source, "RGB" if channels == 3 else "L", (width, height))
+            pixels[i] = np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
         except (*_DAMAGE, Image.DecompressionBombError) as error:
             raise ValueError(f"image {place} is damaged: {error}") from error
     return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").contiguous()
 
 
-def _pixels(source: bytes | Path, sheet: Image.Image) -> np.ndarray:
-    """One image in the mode and size of `sheet`, a picture to draw on; only files are scaled."""
-    mode, size = sheet.mode, sheet.size
+def _open(source: bytes | Path, mode: str, size: tuple[int, int]) -> Image.Image:
+    """One image in this mode and size; only files are scaled."""
     if isinstance(source, bytes) and source[:2] == b"\xff\xd8":
         # Straight to the JPEG decoder: opening a small image costs more than decoding it. What
         # does not decode to this very size is left to the careful path and its messages.
         with contextlib.suppress(ValueError):
-            sheet.frombytes(source, "jpeg", (mode, ""))
-            return np.frombuffer(sheet.tobytes(), np.uint8)
+            return Image.frombytes(mode, size, source, "jpeg", mode, "")
     stream = source if isinstance(source, Path) else io.BytesIO(source)
     # Only these two formats: for some others Pillow starts outside programs.
     with Image.open(stream, formats=("JPEG", "PNG")) as image:
@@ -360,39 +370,10 @@ def _pixels(source: bytes | Path, sheet: Image.Image) -> np.ndarray:
             raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
         if isinstance(source, Path):
             image.draft(mode, (2 * size[0], 2 * size[1]))  # a JPEG shrinks while it is decoded
-            return np.asarray(ImageOps.fit(image.convert(mode), size))
+            return ImageOps.fit(image.convert(mode), size)
         if image.size != size:
             raise ValueError(f"it must be {size[0]}×{size[1]} pixels, got {image.size}")
-        return np.asarray(image.convert(mode))
-
-
-def _read_cache(path: Path, name: str, split: str) -> ImageSet | None:
-    """What is kept at `path`, or None where it is missing, cut or altered."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-        kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
-        return kept if notes["seal"] == _seal(kept) else None
-    except (*_DAMAGE, SafetensorError):
-        return None
-
-
-def _write_cache(path: Path, kept: ImageSet) -> None:
-    """Whole or not at all; a full or read-only disk costs the cache, not the data."""
-    notes = {"classes": json.dumps(kept.classes), "seal": _seal(kept)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-            draft = Path(folder) / path.name
-            save_file({"images": kept.images, "labels": kept.labels}, draft, notes)
-            draft.replace(path)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(f"{kept.name} is not kept in {path.parent}: {error}", stacklevel=4)
-
-
-def _seal(kept: ImageSet) -> str:
-    return hashlib.sha256(f"{kept.fingerprint} {kept.classes}".encode()).hexdigest()
+        return image.convert(mode)
 
 
 # ---- batches ----
@@ -417,7 +398,7 @@ class Batches(Sequence[tuple[Tensor, Tensor]]):
             raise ValueError(f"steps must be at least 0, got {steps}")
         self.dataset, self.size, self.steps = dataset, size, steps
         self.seed, self.augment = seed, augment
-        self._epoch, self._order = 0, self._permutation(0)
+        _generator(seed)  # refuses a seed below 0
 
     def __len__(self) -> int:
         return self.steps
@@ -426,16 +407,17 @@ class Batches(Sequence[tuple[Tensor, Tensor]]):
         if not 0 <= i < self.steps:
             raise IndexError(f"batch index must be in 0…{self.steps - 1}, got {i}")
         epoch, place = divmod(i, len(self.dataset) // self.size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        chosen = self._order[place * self.size : (place + 1) * self.size]
+        order = _permutation(len(self.dataset), self.seed, epoch)
+        chosen = order[place * self.size : (place + 1) * self.size]
         images, labels = self.dataset.images[chosen], self.dataset.labels[chosen]
         if self.augment is not None:
             images = self.augment(images, _generator(self.seed, 1, i))
         return images, labels
 
-    def _permutation(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.dataset), generator=_generator(self.seed, 0, epoch))
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=_generator(seed, 0, epoch))
 
 
 def _generator(*seeds: int) -> Generator:
@@ -481,3 +463,38 @@ def to_float(images: Tensor) -> Tensor:
         got = f"{images.dtype} {images.min():.3g}…{images.max():.3g}"
         raise ValueError(f"images must be uint8, or floats in [-1, 1] without NaN, got {got}")
     return images.float()
+
+
+# ---- names and files: small tools that the files below share ----
+
+
+def known(argument: str, value: str, allowed: Collection[str]) -> str:
+    """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), list(allowed), n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise ValueError(f'{argument} must be one of {", ".join(allowed)}, got "{value}"{hint}')
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of some bytes, 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: it is on the disk before it takes its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(data)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where decoded images and fetched results are kept: MINI_RESDECAY_CACHE or the default."""
+    return Path(os.environ.get("MINI_RESDECAY_CACHE") or "~/.cache/mini_resdecay").expanduser()

@@ -103,6 +103,8 @@ def mixture_step(
     on average: what is left between the two is the freezing. Arguments are the same.
     """
     rates, skip = _rates(p, model), _can_skip(model) if skip is None else skip
+    if torch.as_tensor(p).ndim:
+        raise ValueError(f"p must be one rate in the mixture, got {p}")
     mask, parts = _drawn(rates, generator, model), []
 
     def both() -> Tensor:

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from . import results, reuse
 from .cnn import ResidualCNN
-from .data import Batches, ImageSet, flip, load, shift, to_float
+from .data import Batches, ImageSet, flip, known, load, shift, to_float
 from .droppath import ARMS
-from .shortcuts import known
 from .toy import accuracy, seeded_nets, spiral, train_together
 from .train import (
     TrainState,
@@ -107,7 +106,7 @@ def _spiral_arm(activation: str, arm: str) -> Experiment:
     one = _spiral(
         f"{activation}-{arm}",
         recipe,
-        "arms that drop paths lose less when one block is skipped; two-stage is within mixture's spread",
+        "after dropping, a skipped block costs less; two-stage is within mixture's spread",
     )
     return replace(one, source="arXiv 2411.09475, figure 5 and algorithm 1")
 

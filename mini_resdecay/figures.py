@@ -87,13 +87,9 @@ def show(fig: plt.Figure, alt: str, path: str | Path | None = None) -> None:
     # MAXCOVERAGE keeps rare colours: the ends of a colour bar.
     palette = Image.open(raw).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     palette.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+    png, ipython = small.getvalue(), sys.modules.get("IPython")  # not imported: not in Jupyter
     if path is not None:
-        Path(path).write_bytes(small.getvalue())
-    _display(small.getvalue(), alt)
-
-
-def _display(png: bytes, alt: str) -> None:
-    ipython = sys.modules.get("IPython")  # not imported: not in Jupyter
+        Path(path).write_bytes(png)
     if _open_frames:
         _open_frames[-1].append((png, alt))
     elif ipython is not None and ipython.get_ipython() is not None:

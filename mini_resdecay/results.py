@@ -10,11 +10,9 @@ is fetched at this version's tag and checked against `results.sha256`, which the
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -24,13 +22,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import numpy as np
 import torch
 
 from . import REPO, __version__
-from .shortcuts import known
+from .data import cache_folder, known, sha256, write_whole
 
 INDEX = Path(__file__).with_name("results.sha256")
 NAME = r"[a-z0-9][a-z0-9_.-]*"
@@ -81,10 +80,7 @@ def write(run: Run, folder: str | Path) -> Path:
     text = json.dumps({**content, "sha256": _hash(content)}, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}]*\]", _one_line, text)  # a curve is no column
     path = Path(folder) / run.study / f"{run.arm}-s{run.seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_bytes((text + "\n").encode())
-    os.replace(draft, path)
+    write_whole(path, (text + "\n").encode())
     return path
 
 
@@ -130,7 +126,7 @@ def load_runs(study: str, arm: str | None = None, root: str | Path | None = None
 def index(folder: str | Path) -> str:
     """The text of `results.sha256`: hash and name of every result, as `sha256sum` prints them."""
     paths = sorted(Path(folder).glob("*/*.json"))
-    return "".join(f"{_sha256(p.read_bytes())}  {p.parent.name}/{p.name}\n" for p in paths)
+    return "".join(f"{sha256(p.read_bytes())}  {p.parent.name}/{p.name}\n" for p in paths)
 
 
 def value(run: Run, metric: str) -> float:
@@ -151,9 +147,8 @@ def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:
     """Mean, standard deviation (n − 1; 0 for one run) and number of runs."""
     if not runs:
         raise ValueError("runs is empty: there is nothing to summarise")
-    values = np.array([value(run, metric) for run in runs])
-    sd = values.std(ddof=1) if len(values) > 1 else 0.0
-    return float(values.mean()), float(sd), len(values)
+    values = [value(run, metric) for run in runs]
+    return mean(values), stdev(values) if len(values) > 1 else 0.0, len(values)
 
 
 def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
@@ -191,13 +186,20 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 
 def environment() -> dict[str, Any]:
-    """`device`, `versions`, `commit` and `peak_memory_gib` of this process, as `Run` names them."""
+    """`device`, `versions`, `commit` and `peak_memory_gib` of this process, as `Run` names them.
+
+    `commit` has a "+" if files differ from it, and is "unknown" outside of a checkout.
+    """
     versions = {"mini_resdecay": __version__, "python": platform.python_version()}
     versions |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "accelerate")}
     device = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    return {"device": device, "versions": versions, "commit": _commit(), "peak_memory_gib": _peak()}
+    command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
+    here = Path(__file__).parent  # by the shell, for which a machine without git is no error
+    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"
+    return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak()}
 
 
 def check_fingerprint(run: Run, fingerprint: str) -> bool:
@@ -229,11 +231,7 @@ def _check(content: dict[str, Any], what: str) -> None:
 
 
 def _hash(content: dict[str, Any]) -> str:
-    return _sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 # ---- where runs are ----
@@ -248,9 +246,8 @@ def _checkout() -> Path | None:
 
 def _fetch(name: str, told: str) -> Path:
     """A result from the repository at this version's tag, by way of the cache."""
-    cache = Path(os.environ.get("MINI_RESDECAY_CACHE") or "~/.cache/mini_resdecay").expanduser()
-    path = cache / f"results-{__version__}" / name
-    if path.exists() and _sha256(path.read_bytes()) == told:
+    path = cache_folder() / f"results-{__version__}" / name
+    if path.exists() and sha256(path.read_bytes()) == told:
         return path
     url = f"{REPO}/raw/v{__version__}/book/results/{name}"
     try:
@@ -258,22 +255,10 @@ def _fetch(name: str, told: str) -> Path:
             content = answer.read()
     except OSError as error:  # URLError and time-outs are OSErrors
         raise OSError(f"could not fetch {url}: {error}; or clone the repository") from error
-    if _sha256(content) != told:
+    if sha256(content) != told:
         raise ValueError(f"{url} is not the file that version {__version__} was released with")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_whole(path, content)
     return path
-
-
-# ---- the machine ----
-
-
-def _commit() -> str:
-    """Commit of the checkout, "+" if files differ from it; "unknown" outside of one."""
-    command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
-    here = Path(__file__).parent  # by the shell, for which a machine without git is no error
-    done = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def _peak() -> float:

@@ -17,7 +17,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shortcuts import known, path_mask, paths
+from .data import known
+from .shortcuts import path_mask, paths
 
 # ---- Features of any net ---------------------------------------------------------------------
 

@@ -6,14 +6,15 @@ a weight `alpha` on the shortcut (arXiv 2404.10947) and a mask on the branch (ar
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
+
+from .data import known
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -152,7 +153,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         def branch(z: Tensor) -> Tensor:
             if self.skipped:
-                return z.new_zeros(())
+                return torch.zeros_like(z, dtype=x.dtype)
             out = self.branch(z, *args, **kwargs)
             return out if self.mask is None else self.mask * out
 
@@ -193,15 +194,6 @@ def path_mask(
     finally:
         for block, old in zip(blocks, before, strict=True):
             block.mask, block.skipped = old
-
-
-def known(argument: str, value: str, allowed: Collection[str]) -> str:
-    """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), list(allowed), n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ValueError(f'{argument} must be one of {", ".join(allowed)}, got "{value}"{hint}')
 
 
 def _device(model: nn.Module) -> torch.device:

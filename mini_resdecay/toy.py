@@ -13,7 +13,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shortcuts import Residual, alpha_schedule, known, make_rules
+from .data import known
+from .shortcuts import Residual, alpha_schedule, make_rules
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # a step of the toy is bound by memory, not by sums

@@ -11,10 +11,8 @@ of it is stored: tensors as safetensors, everything else as JSON. Nothing is eve
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
-import os
 import random
 import signal
 import time
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
-from .shortcuts import known
+from .data import known, sha256, write_whole
 
 Step = Callable[["TrainState", Any], dict[str, Any]]
 FIELDS = ("step", "seconds", "recent", "history")  # of a TrainState; JSON holds them
@@ -282,7 +280,7 @@ def _any_process(accelerator: Accelerator, caught: list[int]) -> bool:
     return accelerator.check_trigger() if accelerator.num_processes > 1 else bool(caught)
 
 
-# ---- checkpoints: `checkpoint.json`, and the one tensor file that belongs to it ----
+# ---- checkpoints: `checkpoint.json`, and the one tensor file that it names; both are hashed ----
 
 
 def save_checkpoint(folder: str | Path, state: TrainState, fingerprint: str = "") -> None:
@@ -308,15 +306,14 @@ def save_checkpoint(folder: str | Path, state: TrainState, fingerprint: str = ""
     tree["parts"] = {name: get() for name, (get, _) in _parts(state).items()}
     tree["fingerprint"] = fingerprint
     content = json.loads(json.dumps(tree, default=plain))
-    data = safetensors.torch.save(tensors)
-    content["sha256"] = _digest(content, data)
-    folder, new = Path(folder), _tensor_file(content)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / new, data)
-    _replace(folder / "checkpoint.json", json.dumps(content).encode())
-    for old in folder.glob("step-*"):
-        if old.name != new:
-            old.unlink()
+    data, folder = safetensors.torch.save(tensors), Path(folder)
+    content["tensors"] = f"step-{state.step:08d}-{sha256(data)}.safetensors"
+    content["sha256"] = sha256(json.dumps(content).encode())
+    write_whole(folder / content["tensors"], data)
+    write_whole(folder / "checkpoint.json", json.dumps(content).encode())
+    old = {*folder.glob("step-*"), *folder.glob("checkpoint.json.*")}
+    for file in old - {folder / content["tensors"]}:
+        file.unlink()
 
 
 def load_checkpoint(folder: str | Path, state: TrainState, fingerprint: str = "") -> TrainState:
@@ -329,8 +326,8 @@ def load_checkpoint(folder: str | Path, state: TrainState, fingerprint: str = ""
     saved = tree["parts"]
     if odd := (saved.keys() ^ parts.keys()) - {"cuda"}:
         raise ValueError(f"checkpoint {folder} does not fit: only one of the two has {odd}")
-    held = saved["optimizer"]["state"]
-    saved["optimizer"]["state"] = {int(k): v for k, v in held.items()}  # JSON keys are text
+    # JSON keys are text
+    saved["optimizer"]["state"] = {int(k): v for k, v in saved["optimizer"]["state"].items()}
     for name in sorted(saved.keys() & parts.keys()):
         parts[name][1](saved[name])
     vars(state).update({name: tree[name] for name in FIELDS})
@@ -356,8 +353,9 @@ def _read(folder: Path, fingerprint: str) -> dict[str, Any]:
     text = (folder / "checkpoint.json").read_bytes()
     try:
         content = json.loads(text)
-        data = (folder / _tensor_file(content)).read_bytes()
-        if content.pop("sha256") != _digest(content, data):
+        data = (folder / content["tensors"]).read_bytes()
+        told, name = content.pop("sha256"), content["tensors"]
+        if told != sha256(json.dumps(content).encode()) or sha256(data) not in name:
             raise ValueError("its hash is another one")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {folder} is damaged, cut or altered: {error!r}") from error
@@ -365,25 +363,3 @@ def _read(folder: Path, fingerprint: str) -> dict[str, Any]:
         raise ValueError(f"{folder} is of another experiment: {found!r}, not {fingerprint!r}")
     tensors = safetensors.torch.load(data)
     return json.loads(text, object_hook=lambda d: tensors[d["$tensor"]] if "$tensor" in d else d)
-
-
-def _tensor_file(content: dict[str, Any]) -> str:
-    return f"step-{content['step']:08d}-{content['sha256'][:8]}.safetensors"
-
-
-def _digest(content: dict[str, Any], data: bytes) -> str:
-    """One hash of both files."""
-    text = json.dumps(content) + hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: it is on the disk before it takes its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

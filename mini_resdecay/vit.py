@@ -48,7 +48,8 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         if images.shape[1:] != self.shape:
-            raise ValueError(f"images must be [B, {self.shape}], got {tuple(images.shape)}")
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(f"images must be [B, {expected}], got {tuple(images.shape)}")
         size = {"p": self.patch_size, "q": self.patch_size}
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", **size)
         places = repeat(self.positions[1:], "n d -> b n d", b=len(images))

@@ -415,13 +415,15 @@ def test_a_full_disk_is_only_a_warning_and_leaves_nothing(cifar, tmp_path):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="one of digits, shapes, fashion-mnist, .*got 'zzz'$"):
+    with pytest.raises(ValueError, match='one of digits, shapes, fashion-mnist, .*got "zzz"$'):
         load("zzz", "train")
+    with pytest.raises(ValueError, match='got "cifar-10"; did you mean "cifar10"\\?$'):
+        load("cifar-10", "train")
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes", "cifar10", "fashion-mnist"])
 def test_an_unknown_split(name, tmp_path):
-    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'validation'"):
+    with pytest.raises(ValueError, match='split must be one of train, test, got "validation"'):
         load(name, "validation", tmp_path)
 
 
@@ -526,7 +528,7 @@ def test_image_folder_names_the_broken_image_and_the_splits(tmp_path):
     (tmp_path / "train/a/z.jpg").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"image train/a/z.jpg is damaged"):
         load("imagefolder", "train", tmp_path)
-    with pytest.raises(ValueError, match="split must be one of train, got 'test'"):
+    with pytest.raises(ValueError, match='split must be one of train, got "test"'):
         load("imagefolder", "test", tmp_path)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         load("imagefolder", "train", tmp_path, size=0)

@@ -175,7 +175,7 @@ def test_a_file_that_is_no_run(tmp_path: Path, text: str) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("place", ["Path.write_bytes", "os.replace"])
+@pytest.mark.parametrize("place", ["Path.write_bytes", "os.fsync", "os.replace"])
 def test_full_disk_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -183,7 +183,7 @@ def test_full_disk_keeps_what_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = write(RUN, tmp_path)
-    monkeypatch.setattr(f"mini_resdecay.results.{place}", full)
+    monkeypatch.setattr(f"mini_resdecay.data.{place}", full)
     with pytest.raises(OSError, match="No space left"):
         write(changed(seconds=99.0), tmp_path)
     assert read(path) == RUN

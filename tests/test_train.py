@@ -360,7 +360,7 @@ from mini_resdecay import train
 from test_train import MOMENTS, STEP, small_batches, small_state
 
 def run_until(place, call, late, folder):
-    real, calls = getattr(train.os, place), []
+    real, calls = getattr(os, place), []
 
     def die(*arguments):
         calls.append(1)
@@ -370,7 +370,7 @@ def run_until(place, call, late, folder):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    setattr(train.os, place, die)
+    setattr(os, place, die)
     train.fit(small_state(), small_batches(), STEP, checkpoint=folder, checkpoint_every=2)
 
 train.torch.set_num_threads(1)  # a fork has no worker threads
@@ -420,7 +420,7 @@ def test_full_disk_keeps_the_old_checkpoint(
     fit(small_state(), small_batches(), STEP, until=2, checkpoint=tmp_path)
     state = load_checkpoint(tmp_path, small_state())
     with monkeypatch.context() as patch:
-        patch.setattr(f"mini_resdecay.train.{place}", full)
+        patch.setattr(f"mini_resdecay.data.{place}", full)
         with pytest.raises(OSError, match="No space left on device"):
             fit(state, small_batches(), STEP, until=4, checkpoint=tmp_path)
     assert load_checkpoint(tmp_path, small_state()).step == 2

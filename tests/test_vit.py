@@ -1,0 +1,141 @@
+"""The ViT against known positions, against the one of Hugging Face, and against bad input."""
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from mini_resdecay.shortcuts import paths
+from mini_resdecay.vit import Classifier, ViT, sincos_positions
+
+
+def small(**changes) -> ViT:
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 4}
+    return ViT(**(sizes | changes))
+
+
+def test_positions_have_the_values_of_the_sheet():
+    s, c = 0.841471, 0.540302
+    low = [0.0, 0, 1, 1]
+    one = [s, 0.01, c, 0.99995]
+    expected = torch.tensor([[0.0] * 8, low + low, one + low, low + one, one + one])
+    torch.testing.assert_close(sincos_positions(8, 2, 2), expected, atol=1e-5, rtol=0)
+    wide = sincos_positions(16, 1, 2)[2, :4]
+    torch.testing.assert_close(wide, torch.tensor([s, 0.099833, 0.01, 0.001]), atol=1e-6, rtol=0)
+
+
+def test_every_position_of_a_patch_has_the_same_length():
+    table = sincos_positions(192, 8, 8)
+    torch.testing.assert_close(table[1:].square().sum(1), torch.full((64,), 96.0))
+    assert table[1:].var(dim=1, correction=0).mean() == pytest.approx(0.2625, abs=1e-4)
+
+
+def as_hugging_face(vit: ViT) -> ViTModel:
+    """The same weights in `transformers`; q, k and v are rows of one matrix in ours."""
+    shape = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, layer_norm_eps=1e-6, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs = ViTModel(shape, add_pooling_layer=False).double().eval()
+    ours = vit.state_dict()
+    state = {
+        "embeddings.cls_token": ours["stem.cls"],
+        "embeddings.position_embeddings": ours["stem.positions"][None],
+        "embeddings.patch_embeddings.projection.weight": ours["stem.embed.weight"].view(
+            16, 3, 2, 2
+        ),
+        "embeddings.patch_embeddings.projection.bias": ours["stem.embed.bias"],
+        "layernorm.weight": ours["norm.weight"],
+        "layernorm.bias": ours["norm.bias"],
+    }
+    for kind in ("weight", "bias"):
+        for i in range(2):
+            qkv = ours[f"blocks.{2 * i}.branch.qkv.{kind}"].chunk(3)
+            for letter, part in zip("qkv", qkv, strict=True):
+                state[f"layers.{i}.attention.{letter}_proj.{kind}"] = part
+            for name, key in (
+                ("attention.o_proj", f"blocks.{2 * i}.branch.out"),
+                ("layernorm_before", f"blocks.{2 * i}.norm"),
+                ("layernorm_after", f"blocks.{2 * i + 1}.norm"),
+                ("mlp.fc1", f"blocks.{2 * i + 1}.branch.inner"),
+                ("mlp.fc2", f"blocks.{2 * i + 1}.branch.out"),
+            ):
+                state[f"layers.{i}.{name}.{kind}"] = ours[f"{key}.{kind}"]
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def test_features_and_gradients_equal_hugging_face():
+    vit = small().double()
+    with torch.no_grad():
+        for parameter in vit.parameters():  # else slips in norms and biases stay hidden
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs = as_hugging_face(vit)
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    expected = theirs(images).last_hidden_state
+    found = vit(images)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(
+        vit.stem.embed.weight.grad.view(16, 3, 2, 2),
+        theirs.embeddings.patch_embeddings.projection.weight.grad,
+        atol=1e-10,
+        rtol=0,
+    )
+
+
+def test_kept_patches_are_embedded_with_their_own_positions():
+    vit, images = small(), torch.rand(2, 3, 8, 8)
+    keep = torch.tensor([[3, 0, 15], [7, 7, 1]])
+    whole, part = vit.stem(images), vit.stem(images, keep)
+    assert vit(images, keep).shape == (2, 4, 16)
+    torch.testing.assert_close(part[:, :1], whole[:, :1])
+    torch.testing.assert_close(part[0, 1:], whole[0, 1 + keep[0]])
+    torch.testing.assert_close(part[1, 1:], whole[1, 1 + keep[1]])
+
+
+def test_a_path_is_a_sub_layer_and_decays_with_depth():
+    vit = small(depth=3, alpha_min=0.4)
+    assert len(paths(vit)) == 6
+    alphas = [block.rule.alpha for block in vit.blocks]
+    assert alphas == pytest.approx([1.0, 0.88, 0.76, 0.64, 0.52, 0.4])
+
+
+def test_zero_init_makes_every_branch_silent():
+    vit, images = small(zero_init=True, final_norm=False), torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(vit(images), vit.stem(images))
+    assert all(not b.any() for n, b in vit.named_parameters() if n.endswith("bias"))
+
+
+def test_classifier_reads_the_patches_alone():
+    net = Classifier(small(), classes=5)
+    images = torch.rand(2, 3, 8, 8)
+    expected = net.head(net.vit(images)[:, 1:].mean(1))
+    torch.testing.assert_close(net(images), expected)
+    assert net(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "patch_size must divide image_size 8, got 3"),
+        ({"patch_size": 0}, "patch_size must divide image_size 8, got 0"),
+        ({"heads": 3}, "heads must divide dim 16, got 3"),
+        ({"dim": 18, "heads": 2}, "dim must be a multiple of 4, got 18"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"alpha_min": 0.0}, r"alpha_min must lie in \(0, 1\], got 0.0"),
+        ({"shortcut": "post-norm", "alpha_min": 0.5}, "alpha_min must be 1 for"),
+        ({"shortcut": "decey"}, 'did you mean "decay"'),
+    ],
+)
+def test_bad_sizes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 8, 8\], got \(1, 3, 10, 10\)"):
+        small()(torch.rand(1, 3, 10, 10))
