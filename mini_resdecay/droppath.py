@@ -69,7 +69,8 @@ def residual_droppath_step(
     `skip` does not even run dropped branches: the default, except under torch.compile and in
     several processes, where a mask multiplies them so that the graph stays one and the same.
     Raises ValueError for rates outside [0, 1], an unknown scale or freeze, fewer than one
-    micro-batch, a net without paths, and for processes that draw different masks.
+    micro-batch, a clip that is not positive, a net without paths, and for processes that draw
+    different masks.
     """
     known("freeze", freeze, ("complement", "random", "none", "all"))
     rates, skip = _rates(p, model), _can_skip(model) if skip is None else skip
@@ -148,6 +149,8 @@ def _update(
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be above 0, got {clip}")
     trained = [parameter for parameter in trained if parameter.requires_grad]
     model.zero_grad(set_to_none=True)
     losses = []

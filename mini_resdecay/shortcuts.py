@@ -151,6 +151,9 @@ class Residual(nn.Module):
         self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.skipped and isinstance(self.rule, Plain):
+            return x  # the norm is not needed either
+
         def branch(z: Tensor) -> Tensor:
             if self.skipped:
                 return torch.zeros_like(z, dtype=x.dtype)

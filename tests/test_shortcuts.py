@@ -454,6 +454,117 @@ def test_mask_entries_with_axes_of_their_own_are_masks_by_sample():
     assert torch.allclose(out[2], net(x[2]), rtol=0, atol=1e-14)
 
 
+# --- path masks that skip ----------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """A branch that counts its calls."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.calls = branch, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.branch(x)
+
+
+def ruled(name: str, depth: int = 4, dim: int = 6) -> nn.Module:
+    """`depth` counted tanh blocks with a norm under one rule."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(
+            Residual(
+                Counted(nn.Sequential(nn.Linear(dim, dim), nn.Tanh())),
+                nn.LayerNorm(dim),
+                SHORTCUTS[name](0.7) if name == "decay" else SHORTCUTS[name](),
+            )
+            for _ in range(depth)
+        )
+    ).double()
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+@pytest.mark.parametrize("mask", [[0, 2, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0.5, -1, 2]])
+def test_skipping_gives_what_the_mask_gives_and_runs_less(name, mask):
+    net, x = ruled(name), points()
+    with path_mask(net, mask):
+        masked = net(x)
+    calls = [block.branch.calls for block in net]
+    with path_mask(net, mask, skip=True):
+        skipped = net(x)
+    assert skipped.shape == masked.shape and skipped.dtype == masked.dtype
+    assert torch.allclose(skipped, masked, rtol=0, atol=1e-14)
+    more = [block.branch.calls - before for block, before in zip(net, calls, strict=True)]
+    assert calls == [1] * 4 and more == [int(m != 0) for m in mask]
+
+
+@pytest.mark.parametrize("name", ["plain", "decay", "post-norm"])
+def test_skipping_leaves_gradients_of_the_kept_as_they_are(name):
+    net, x, grads = ruled(name), points(), []
+    for skip in (False, True):
+        net.zero_grad()
+        with path_mask(net, [0, 2, 0, 1], skip=skip):
+            net(x).square().sum().backward()
+        grads.append([[p.grad for p in block.branch.parameters()] for block in net])
+    for masked, skipped, kept in zip(*grads, [0, 1, 0, 1], strict=True):
+        for a, b in zip(masked, skipped, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-14) if kept else (b is None and not a.any())
+
+
+def test_skipping_does_not_change_the_dtype():
+    net, x = stack(2).float(), points(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for mask in ([0, 1], [1, 0], [0, 0]):
+            with path_mask(net, mask):
+                expected = net(x).dtype
+            with path_mask(net, mask, skip=True):
+                assert net(x).dtype == expected
+
+
+def test_skipping_ends_with_the_block_after_an_error_too():
+    net, x = stack(3), points()
+    bare = net(x)
+    with path_mask(net, [0, 0, 1], skip=True):
+        assert torch.equal(net(x), net[2](x))
+    assert torch.equal(net(x), bare)
+    with pytest.raises(RuntimeError, match="inside"), path_mask(net, [0, 1, 1], skip=True):
+        raise RuntimeError("inside")
+    assert torch.equal(net(x), bare)
+    assert not any(block.skipped for block in net)
+
+
+def test_a_mask_inside_a_skip_runs_its_branches_and_gives_the_skip_back():
+    net, x = stack(2), points()
+    with path_mask(net, [0, 1], skip=True):
+        outer = net(x)
+        with path_mask(net, [1, 0]):
+            assert torch.equal(net(x), net[0](x))
+        with path_mask(net, [1, 1]):
+            inner = net(x)
+        assert torch.equal(net(x), outer)
+    assert torch.equal(net(x), inner)
+
+
+def test_a_wrong_mask_skips_nothing():
+    net, x = stack(), points()
+    bare = net(x)
+    with pytest.raises(ValueError, match="mask must"), path_mask(net, [0.0] * 5, skip=True):
+        pass
+    assert torch.equal(net(x), bare)
+
+
+def test_skipping_by_sample_runs_a_branch_that_any_sample_keeps():
+    net, x = ruled("plain", 3), points(3)
+    mask = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.float64)[:, :, None]
+    with path_mask(net, mask, skip=True):
+        out = net(x)
+    assert [block.branch.calls for block in net] == [1, 0, 1]
+    assert torch.allclose(out[0], net[0](x[0]), rtol=0, atol=1e-14)
+    assert torch.equal(out[1], x[1])
+    assert torch.allclose(out[2], net[2](x[2]), rtol=0, atol=1e-14)
+
+
 def test_mask_is_in_no_state_dict():
     net = stack(2)
     names = list(net.state_dict())
