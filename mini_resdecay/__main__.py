@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{stop or 'stopped'}; go on with --resume", file=sys.stderr)
+        print(f"{str(stop) or 'stopped'}; go on with --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -85,7 +85,7 @@ def _run_one(options: argparse.Namespace, name: str, seed: int) -> None:
         resume=options.resume,
         changes=options.set,
     )
-    print(f"wrote {path}", flush=True)
+    print(f"recorded in {path}", flush=True)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -97,17 +97,17 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    print(f"{'study':10} {'arm':15} {'metric':24} {'mean':>8} {'sd':>8}  n")
+    print(f"{'study':10} {'arm':32} {'metric':24} {'mean':>8} {'sd':>8}  n")
+    recorded = results.recorded(options.out)
     for experiment in EXPERIMENTS.values():
-        try:
-            runs = results.load_runs(experiment.study, experiment.arm, options.out)
-        except ValueError:
-            print(f"{experiment.study:10} {experiment.arm:15} not recorded")
+        if (experiment.study, experiment.arm) not in recorded:
+            print(f"{experiment.study:10} {experiment.arm:32} not recorded")
             continue
+        runs = results.load_runs(experiment.study, experiment.arm, options.out)
         for metric in ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy"):
             mean, sd, n = results.summary(runs, metric)
             print(
-                f"{experiment.study:10} {experiment.arm:15} {metric:24} {mean:8.4f} {sd:8.4f}  {n}"
+                f"{experiment.study:10} {experiment.arm:32} {metric:24} {mean:8.4f} {sd:8.4f}  {n}"
             )
 
 

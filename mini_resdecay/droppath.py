@@ -20,7 +20,8 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .shortcuts import known, path_mask, paths
+from .data import known
+from .shortcuts import device_of, path_mask, paths
 
 Rates = float | Sequence[float] | Tensor
 Loss = Callable[[], Tensor]
@@ -194,8 +195,7 @@ def _drawn(rates: Tensor, generator: Generator, model: nn.Module) -> Tensor:
     """A mask that is the same in every process: with different ones weights drift apart."""
     mask = sample_mask(rates, generator)
     if torch.distributed.is_initialized():
-        device = next(model.parameters()).device
-        both = torch.stack([mask, -mask]).to(device)
+        both = torch.stack([mask, -mask]).to(device_of(model))
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
         if (both[0] != -both[1]).any():
             raise ValueError("generator must have the same seed in every process")

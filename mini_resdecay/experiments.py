@@ -7,6 +7,8 @@ This file and the command line are the only ones that know models, data and meas
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +55,9 @@ class SpiralRecipe:
     arm: str = "plain"
     p: float = 0.2
 
+    def __post_init__(self) -> None:
+        _refuse_nothing(self)
+
 
 @dataclass(frozen=True)
 class ImageRecipe:
@@ -74,10 +81,19 @@ class ImageRecipe:
     arm: str = "plain"
     p: float = 0.2
 
+    def __post_init__(self) -> None:
+        _refuse_nothing(self)
+
+
+def _refuse_nothing(recipe: SpiralRecipe | ImageRecipe) -> None:
+    for name, value in asdict(recipe).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """One arm of a study. `minutes` and `memory_gib` were measured on two CPU cores (tier t4)."""
+    """One arm of a study. `minutes` and `memory_gib`: about what tier t4 takes on two CPU cores."""
 
     study: str
     arm: str
@@ -146,7 +162,7 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int) -> Experiment
         "droppath", name, tiers, "arXiv 2411.09475, its table (unread), on other images",
         "rule fixed before the runs: two-stage helps where the 95 % interval of its accuracy minus "
         "plain-eq's is above 0; freezing matters where two-stage minus mixture excludes 0",
-        3, 1.5, tuple(range(seeds)),
+        4, 1.0, tuple(range(seeds)),
     )  # fmt: skip
 
 
@@ -171,8 +187,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             for act in ("relu", "tanh")
             for arm in (*_DECIDING, *_CONTROLS[1:])
         ),
-        _reuse("fashion-mnist", flips=False, minutes=8),
-        _reuse("cifar10", flips=True, minutes=10),
+        _reuse("fashion-mnist", flips=False, minutes=10),
+        _reuse("cifar10", flips=True, minutes=15),
         *(_droppath("fashion-mnist", n, a, 0.2, 5) for n in _NETS for a in _DECIDING),
         *(_droppath("cifar10", n, a, 0.2, 5) for n in _NETS for a in _DECIDING),
         *(_droppath("fashion-mnist", n, a, 0.2, 3) for n in _NETS for a in _CONTROLS),
@@ -246,28 +262,43 @@ def run(
     """Run one seed of an experiment and write its result to `out/<study>/<arm>-s<seed>.json`.
 
     `data` is the folder of image sets. With `resume`, a recorded run is left as it is, and one
-    that was stopped goes on from its checkpoint.
+    that was stopped goes on from its checkpoint in `out/unfinished`.
+    Raises ValueError for unknown names and values, and if `out` holds this run with another
+    recipe.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     experiment = get(name)
     recipe = recipe_of(experiment, tier, changes)
+    described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
-    if resume and path.exists():
-        results.read(path)
-        return path
-    work = Path("runs") / f"{name}-{tier}-s{seed}"
-    if isinstance(recipe, SpiralRecipe):
-        outcome = _run_spiral(recipe, seed)
-    else:
-        outcome = _run_images(recipe, seed, data, work, resume)
+    if path.exists():
+        refuse_other_settings(path, described)
+        if resume:
+            return path
+    toy = isinstance(recipe, SpiralRecipe)
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:8]
+    work = Path(out) / "unfinished" / f"{name}-s{seed}-{digest}"
+    outcome = _run_spiral(recipe, seed) if toy else _run_images(recipe, seed, data, work, resume)
     record = results.Run(
         study=experiment.study,
         arm=experiment.arm,
         seed=seed,
-        recipe={"tier": tier, **_plain(asdict(recipe))},
+        recipe=described,
         **outcome,
-        **results.environment(),
+        **results.environment(gpu=not toy),
     )
-    return results.write(record, out)
+    if PartialState().is_main_process:
+        results.write(record, out)
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def refuse_other_settings(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Raise ValueError if the run recorded at `path` had another recipe: it would be lost."""
+    old = results.read(path).recipe
+    if changed := {k: (old[k], recipe.get(k)) for k in old if old[k] != recipe.get(k)}:
+        raise ValueError(f"out must not hold this run with other settings: {path} has {changed}")
 
 
 # ---- the spiral ------------------------------------------------------------------------------
@@ -300,8 +331,12 @@ def _train_spiral(recipe: SpiralRecipe, net: nn.Module, seed: int) -> list[float
         return train_together([net], x, y, calls, recipe.lr)[0][:, 0].tolist()
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
     step = partial(ARMS[recipe.arm][0], net, optimizer, lambda: F.cross_entropy(net(x), y))
-    masks = torch.Generator().manual_seed(10_000 + seed)
-    return [step(recipe.p, masks).stage1.item() for _ in range(calls)]
+    masks, losses = torch.Generator().manual_seed(10_000 + seed), []
+    for call in range(calls):
+        losses.append(step(recipe.p, masks).stage1.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss is {losses[-1]} at step {call + 1}, lr={recipe.lr}")
+    return losses
 
 
 def _diagnose_spiral(
@@ -353,7 +388,10 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
-    steps, draws = _length(recipe, recipe.epochs * (len(train) // recipe.batch))
+    iterations = recipe.epochs * (len(train) // recipe.batch)
+    if iterations < 2:
+        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
+    steps, draws = _length(recipe, iterations)
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
     # Masks have a generator of their own, so that all arms see the same batches.
     state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
@@ -425,7 +463,7 @@ def _diagnose_images(
     net: nn.Module, recipe: ImageRecipe, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     net.eval()
-    fitted, probed = train.subset(recipe.measured, 1), test.subset(recipe.measured, 1)
+    fitted, probed = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
     x, y = to_float(probed.images), probed.labels
     body = net.vit if isinstance(net, Classifier) else net
     read = partial(reuse.layer_features, body, pool="mean")
@@ -462,7 +500,9 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
         return _train_spiral(replace(recipe, steps=min(10, recipe.steps)), net[0], seed)[:5]
     assert train is not None
     state, batches, step = _image_training(recipe, seed, train, cpu=True)
-    return [float(step(state, batches[i])["loss"]) for i in range(min(5, len(batches)))]
+    few = [batches[i] for i in range(min(5, len(batches)))]
+    device = state.accelerator.device
+    return [float(step(state, send_to_device(batch, device))["loss"]) for batch in few]
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -112,15 +112,24 @@ def load_runs(study: str, arm: str | None = None, root: str | Path | None = None
     tag into the cache and checked by hash.
     Raises ValueError for a name that is not there, OSError without network.
     """
-    folder = _checkout() if root is None else Path(root)
-    text = INDEX.read_text(encoding="utf-8") if folder is None else index(folder)
-    lines = [line for line in map(LINE.fullmatch, text.splitlines()) if line]
+    folder, lines = _listed(root)
     for part, name in (("study", study), ("arm", arm)):
         if name is not None:
             known(f"{part} with recorded runs", name, sorted({line[part] for line in lines}))
             lines = [line for line in lines if line[part] == name]
     paths = [folder / m["name"] if folder else _fetch(m["name"], m["hash"]) for m in lines]
     return sorted(map(read, paths), key=lambda run: (run.arm, run.seed))
+
+
+def recorded(root: str | Path | None = None) -> set[tuple[str, str]]:
+    """Study and arm of all runs that `load_runs` can open."""
+    return {(line["study"], line["arm"]) for line in _listed(root)[1]}
+
+
+def _listed(root: str | Path | None) -> tuple[Path | None, list[re.Match[str]]]:
+    folder = _checkout() if root is None else Path(root)
+    text = INDEX.read_text(encoding="utf-8") if folder is None else index(folder)
+    return folder, [line for line in map(LINE.fullmatch, text.splitlines()) if line]
 
 
 def index(folder: str | Path) -> str:
@@ -185,21 +194,23 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     return Interval(float((x - y).mean()), float(critical * error), float(found * error))
 
 
-def environment() -> dict[str, Any]:
+def environment(gpu: bool = True) -> dict[str, Any]:
     """`device`, `versions`, `commit` and `peak_memory_gib` of this process, as `Run` names them.
 
-    `commit` has a "+" if files differ from it, and is "unknown" outside of a checkout.
+    `gpu` says whether the run was on the GPU, where there is one. `commit` has a "+" if files
+    differ from it, and is "unknown" outside of a checkout.
     """
     versions = {"mini_resdecay": __version__, "python": platform.python_version()}
     versions |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "accelerate")}
     device = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
-    if torch.cuda.is_available():
+    gpu = gpu and torch.cuda.is_available()
+    if gpu:
         device = torch.cuda.get_device_name()
     command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
-    here = Path(__file__).parent  # by the shell, for which a machine without git is no error
+    here = Path(__file__).parents[1]  # by the shell, for which a machine without git is no error
     git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-    commit = git.stdout.strip() or "unknown"
-    return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak()}
+    commit = (here / ".git").exists() and git.stdout.strip() or "unknown"
+    return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak(gpu)}
 
 
 def check_fingerprint(run: Run, fingerprint: str) -> bool:
@@ -261,9 +272,9 @@ def _fetch(name: str, told: str) -> Path:
     return path
 
 
-def _peak() -> float:
-    """Most memory so far, in GiB: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
+def _peak(gpu: bool) -> float:
+    """Most memory so far, in GiB: of the GPU, or else of this process."""
+    if gpu:
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":  # has no getrusage
         return 0.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import known
-from .shortcuts import path_mask, paths
+from .shortcuts import device_of, path_mask, paths
 
 # ---- Features of any net ---------------------------------------------------------------------
 
@@ -45,10 +45,11 @@ def layer_features(
         raise ValueError(f"batch must be at least 1, got {batch}")
     names = list(modules or ["stem", *(f"blocks.{i}" for i in range(len(_blocks(model))))])
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
+    device = device_of(model)
     with evaluating(model), _recorded(model, taken, pool):
         starts = range(0, len(inputs[0]), batch)
         for start in starts:
-            model(*(x[start : start + batch] for x in inputs))
+            model(*(x[start : start + batch].to(device) for x in inputs))
     for name, outputs in taken.items():
         if len(outputs) != len(starts):
             raise ValueError(
@@ -87,6 +88,8 @@ def _recorded(model: nn.Module, taken: dict[str, list[Tensor]], pool: str | None
 
 def _pooled(output: Any, pool: str | None) -> Tensor:
     x: Tensor = output if isinstance(output, Tensor) else output[0]
+    if pool == "cls" and x.dim() != 3:
+        raise ValueError(f'pool must not be "cls" without tokens [n, t, d], got {tuple(x.shape)}')
     if x.dim() == 4:
         x = rearrange(x, "n c h w -> n h w c")
     if pool == "mean" and x.dim() > 2:
@@ -284,6 +287,8 @@ def rebound(profile: Tensor | Sequence[float]) -> float:
 def map_rebound(similarity: Tensor) -> float:
     """Mean rebound of the profiles S[i, i:] over all anchors i but the last; S is `[L, L]`."""
     last = len(similarity) - 1
+    if last < 1:
+        raise ValueError(f"similarity must be of at least 2 layers, got {len(similarity)}")
     return sum(rebound(similarity[i, i:]) for i in range(last)) / last
 
 

@@ -158,7 +158,7 @@ class Residual(nn.Module):
             if self.skipped:
                 return torch.zeros_like(z, dtype=x.dtype)
             out = self.branch(z, *args, **kwargs)
-            return out if self.mask is None else self.mask * out
+            return out if self.mask is None else self.mask.to(out.dtype) * out
 
         return self.rule(x, branch, self.norm)
 
@@ -191,7 +191,7 @@ def path_mask(
     before = [(block.mask, block.skipped) for block in blocks]
     unused = [skip and not entry.any() for entry in mask]
     try:
-        for block, value, none in zip(blocks, mask.to(_device(model)), unused, strict=True):
+        for block, value, none in zip(blocks, mask.to(device_of(model)), unused, strict=True):
             block.mask, block.skipped = value, none
         yield
     finally:
@@ -199,5 +199,6 @@ def path_mask(
             block.mask, block.skipped = old
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter; the CPU for a net without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

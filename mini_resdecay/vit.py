@@ -37,7 +37,7 @@ class Stem(nn.Module):
 
     def __init__(self, image_size: int, patch_size: int, dim: int, channels: int) -> None:
         super().__init__()
-        if patch_size < 1 or image_size % patch_size:
+        if not 1 <= patch_size <= image_size or image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
         side = image_size // patch_size

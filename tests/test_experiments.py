@@ -224,10 +224,64 @@ def test_study_with_a_typo_suggests_the_nearest(capsys):
     assert 'did you mean "droppath"' in capsys.readouterr().err
 
 
-def test_checkpoint_of_another_recipe_is_refused(little_images):
-    experiments.run("reuse-cifar10", changes=little_images)
-    with pytest.raises(ValueError, match="experiment"):
-        experiments.run("reuse-cifar10", resume=True, out="b", changes=[*little_images, "lr=0.5"])
+def test_run_with_other_settings_neither_replaces_a_record_nor_passes_for_it(little_images):
+    path = experiments.run("reuse-cifar10", changes=little_images)
+    before = path.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"other settings: .*'lr': \(0\.002, 0\.5\)"):
+            experiments.run("reuse-cifar10", resume=resume, changes=[*little_images, "lr=0.5"])
+    assert path.read_bytes() == before
+    assert not list(path.parents[1].glob("unfinished/*"))
+
+
+def test_stopped_run_leaves_its_checkpoint_to_its_own_recipe(little_images, monkeypatch):
+    def stops(state, batch):
+        os.kill(os.getpid(), 2)
+        return real(state, batch)
+
+    real = experiments._classify
+    monkeypatch.setattr(experiments, "_classify", stops)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run("reuse-cifar10", changes=little_images)
+    monkeypatch.setattr(experiments, "_classify", real)
+    assert len(list(Path("runs/unfinished").glob("*"))) == 1
+    path = experiments.run("reuse-cifar10", resume=True, changes=[*little_images, "lr=0.5"])
+    assert results.read(path).recipe["lr"] == 0.5
+    assert len(list(Path("runs/unfinished").glob("*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("spiral-relu", "steps=0", "steps must be at least 1, got 0"),
+        ("spiral-relu", "depth=-1", "depth must be at least 1, got -1"),
+        ("reuse-cifar10", "batch=0", "batch must be at least 1, got 0"),
+        ("reuse-cifar10", "epochs=0", "epochs must be at least 1, got 0"),
+        ("reuse-cifar10", "batch=97", "batch must be at most half of the 96 images"),
+    ],
+)
+def test_recipe_that_trains_nothing_is_one_line(name, change, message, little_images, capsys):
+    images = [] if name == "spiral-relu" else little_images
+    assert main(["run", name, "--set", *images, change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seed_below_zero_is_one_line(capsys):
+    assert main(["run", "spiral-relu", "--seed", "-1"]) == 2
+    assert "seed must be at least 0, got -1" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_names_step_and_rate(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+, lr=1e\+30"):
+        changes = [*QUICK, "lr=1e30", "steps=40"]
+        experiments.run("spiral-relu-two-stage", out=tmp_path, changes=changes)
+
+
+def test_report_does_not_hide_a_record_edited_by_hand(tmp_path, capsys):
+    path = experiments.run("spiral-small", out=tmp_path, changes=QUICK)
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert "edited" in capsys.readouterr().err
 
 
 def test_list_and_show_name_every_experiment(capsys):

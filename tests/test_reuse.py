@@ -920,7 +920,13 @@ def test_R16_a_block_of_zeros_is_not_missed(activation):
 def test_skip_one_is_in_eval_mode_or_leaves_the_mode_alone():
     model, (x, y) = mlp(), spiral(50)
     model.train()
-    skip_one(model, lambda: accuracy(model, x, y))
+
+    def score():
+        assert not any(m.training for m in model.modules())
+        return accuracy(model, x, y)
+
+    skip_one(model, score)
+    keep_random(model, score, draws=2)
     assert all(m.training for m in model.modules())
 
 
