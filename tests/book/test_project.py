@@ -1,9 +1,11 @@
 """The two commands, the pins and the addresses: what a stranger meets first."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -119,3 +121,19 @@ def test_one_address_and_one_version() -> None:
 
 def test_no_static_folder_beside_the_config() -> None:
     assert not (ROOT / "_static").exists(), "Jupyter Book would load its scripts on every page"
+
+
+def test_whatever_the_package_imports_is_installed_with_it() -> None:
+    """A pip or Colab user has the dependencies and the named extras, not requirements.txt."""
+    names = {"sklearn": "scikit-learn", "pil": "pillow", "ipython": "ipywidgets"}
+    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    told = {re.split(r"[<>=!~\[ ]", line)[0].lower() for group in groups for line in group}
+    found = set()
+    for path in (ROOT / "mini_resdecay").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0].lower() for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).split(".")[0].lower())
+    foreign = found - {name.lower() for name in sys.stdlib_module_names}
+    assert {names.get(name, name) for name in foreign} <= told
