@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> None:
     for name, experiment in EXPERIMENTS.items():
-        print(f"{name:22} {experiment.minutes:5g} min  {experiment.expects}")
+        cost = f"{len(experiment.seeds)} seeds of {experiment.minutes:4g} min"
+        print(f"{name:42} {cost}  {experiment.source}")
 
 
 def _show(options: argparse.Namespace) -> None:
