@@ -78,7 +78,7 @@ def run(notebook: NotebookNode, folder: Path) -> dict[str, float]:
     start, others = time.perf_counter(), os.getloadavg()[0]
     client.execute(env=kernel_environment())
     seconds = time.perf_counter() - start
-    # With other work on the machine the seconds say little: `load` tells the reader and the test.
+    # With other work on the machine the seconds say little: `load` tells how much there was.
     return {
         "seconds": round(seconds, 1),
         "load": round(others, 1),
