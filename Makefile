@@ -72,6 +72,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \
 	    "This book needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is %d.%d. " % v + \
 	    "Name another one: make PYTHON=python3.12 book")'
+	@echo "Installing packages into $(VENV): a few GB, several minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \

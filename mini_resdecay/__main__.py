@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
+
+import torch
 
 from . import experiments, results
 from .experiments import EXPERIMENTS, TIERS
@@ -15,6 +18,8 @@ from .experiments import EXPERIMENTS, TIERS
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in it is one line on stderr and exit status 2."""
     options = _parser().parse_args(arguments)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the same numbers everywhere, and two runs side by side
     try:
         options.command(options)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -106,7 +111,11 @@ def _report(options: argparse.Namespace) -> None:
             continue
         runs = results.load_runs(experiment.study, experiment.arm, options.out)
         for metric in ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy"):
-            mean, sd, n = results.summary(runs, metric)
+            try:
+                mean, sd, n = results.summary(runs, metric)
+            except ValueError:  # CKA is not defined where a layer maps all inputs to one point
+                print(f"{experiment.study:10} {experiment.arm:32} {metric:24} undefined")
+                continue
             print(
                 f"{experiment.study:10} {experiment.arm:32} {metric:24} {mean:8.4f} {sd:8.4f}  {n}"
             )

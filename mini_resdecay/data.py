@@ -472,9 +472,11 @@ def known(argument: str, value: str, allowed: Collection[str]) -> str:
     """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), list(allowed), n=1)
+    names = [name for name in allowed if name]
+    near = difflib.get_close_matches(str(value), names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ValueError(f'{argument} must be one of {", ".join(allowed)}, got "{value}"{hint}')
+    listed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, …"
+    raise ValueError(f'{argument} must be one of {listed}, got "{value}"{hint}')
 
 
 def sha256(data: bytes) -> str:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from . import results, reuse
 from .cnn import ResidualCNN
@@ -214,7 +215,9 @@ def recipe_of(experiment: Experiment, tier: str, changes: Sequence[str] = ()) ->
     """
     recipe = experiment.tiers[known("tier", tier, TIERS)]
     for change in changes:
-        key, _, text = change.partition("=")
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"set must be key=value, got {change!r}")
         old = getattr(recipe, known("set", key, [field.name for field in fields(recipe)]))
         recipe = replace(recipe, **{key: _parse(key, text, old)})
     return recipe
@@ -298,7 +301,8 @@ def refuse_other_settings(path: Path, recipe: Mapping[str, Any]) -> None:
     """Raise ValueError if the run recorded at `path` had another recipe: it would be lost."""
     old = results.read(path).recipe
     if changed := {k: (old[k], recipe.get(k)) for k in old if old[k] != recipe.get(k)}:
-        raise ValueError(f"out must not hold this run with other settings: {path} has {changed}")
+        told = f"{path} has {changed}, recorded and asked for"
+        raise ValueError(f"out must not hold this run with other settings: {told}")
 
 
 # ---- the spiral ------------------------------------------------------------------------------
@@ -332,7 +336,7 @@ def _train_spiral(recipe: SpiralRecipe, net: nn.Module, seed: int) -> list[float
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
     step = partial(ARMS[recipe.arm][0], net, optimizer, lambda: F.cross_entropy(net(x), y))
     masks, losses = torch.Generator().manual_seed(10_000 + seed), []
-    for call in range(calls):
+    for call in tqdm(range(calls), disable=None, delay=5):
         losses.append(step(recipe.p, masks).stage1.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"loss is {losses[-1]} at step {call + 1}, lr={recipe.lr}")

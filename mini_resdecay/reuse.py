@@ -269,7 +269,8 @@ def _centred(x: Tensor) -> Tensor:
 def _same_rows(layers: Sequence[Tensor]) -> Sequence[Tensor]:
     counts = sorted({len(x) for x in layers})
     if len(counts) > 1:
-        raise ValueError(f"features must have the same number of rows, got {counts}")
+        hint = 'pool="mean" in layer_features makes them equal for images'
+        raise ValueError(f"features must have the same number of rows, got {counts}; {hint}")
     return layers
 
 

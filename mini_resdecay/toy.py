@@ -12,6 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .data import known
 from .shortcuts import Residual, alpha_schedule, make_rules
@@ -145,7 +146,7 @@ def train_together(
     optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, foreach=True)
     labels = repeat(y, "n -> s n", s=len(nets))
     losses, taken = torch.empty(steps, len(nets)), {}
-    for step in range(steps + 1):
+    for step in tqdm(range(steps + 1), disable=None, delay=5):  # None: on a terminal only
         if step in snapshots:
             taken[step] = unstack(stacked, copy.deepcopy(list(nets)))
         if step == steps:

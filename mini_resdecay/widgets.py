@@ -40,6 +40,14 @@ def stepper(
         style={"description_width": "initial"},
         layout={"width": "100%", "max_width": "36em"},
     )
+    if not hasattr(widgets, "Stack"):  # ipywidgets 7, as on Colab, where a kernel is at hand
+        shown = widgets.HTML(pictures[0].value)
+
+        def turn(change: dict[str, Any]) -> None:
+            shown.value = pictures[change["new"]].value
+
+        slider.observe(turn, "index")
+        return widgets.VBox([slider, shown])
     stack = widgets.Stack(children=pictures, selected_index=0, layout={"width": "100%"})
     widgets.jslink((slider, "index"), (stack, "selected_index"))
     return widgets.VBox([slider, stack])

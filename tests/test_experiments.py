@@ -266,6 +266,18 @@ def test_recipe_that_trains_nothing_is_one_line(name, change, message, little_im
     assert message in capsys.readouterr().err
 
 
+def test_change_without_a_value_says_how_to_write_one(capsys):
+    assert main(["run", "spiral-relu", "--set", "depth"]) == 2
+    assert "set must be key=value, got 'depth'" in capsys.readouterr().err
+
+
+def test_report_of_the_book_reaches_its_end(capsys):
+    assert main(["report", "--out", str(BOOK)]) == 0
+    out = capsys.readouterr().out
+    assert "undefined" in out  # CKA of the plain nets whose layers collapse
+    assert "cifar10" in out
+
+
 def test_seed_below_zero_is_one_line(capsys):
     assert main(["run", "spiral-relu", "--seed", "-1"]) == 2
     assert "seed must be at least 0, got -1" in capsys.readouterr().err

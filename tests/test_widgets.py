@@ -5,6 +5,7 @@ import io
 import re
 import sys
 
+import ipywidgets
 import pytest
 from ipywidgets.embed import dependency_state
 from PIL import Image
@@ -91,3 +92,12 @@ def test_without_ipywidgets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match="pip install ipywidgets"):
         stepper(PNGS, ALTS, LABELS, "training step")
+
+
+def test_with_ipywidgets_7_a_kernel_turns_the_frames(monkeypatch):
+    monkeypatch.delattr(ipywidgets, "Stack")
+    slider, shown = stepper(PNGS, ALTS, LABELS, "training step").children
+    assert "&lt;training&gt;" in shown.value
+    slider.index = 2
+    assert ALTS[2] in shown.value
+    assert "&lt;training&gt;" not in shown.value
