@@ -102,6 +102,7 @@ _SOURCES = {
         "zh-plus/tiny-imagenet", "image", (64, 64, 3), test="valid", every=2
     ),
 }
+_EXTRA = 'pip install "mini-resdecay[hub]"'
 NAMES = ("digits", "shapes", *_SOURCES, "imagefolder")
 
 
@@ -247,7 +248,10 @@ def _parquet(name: str, split: str, folder: Path) -> ImageSet:
 
 
 def _read_parquet(path: Path, column: str) -> list[_Row]:
-    from pyarrow import ArrowException, parquet
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError(f"parquet files need pyarrow: {_EXTRA}") from error
 
     try:
         return _rows(parquet.ParquetFile(path).read(["label", column]), column, path.name)
@@ -305,6 +309,8 @@ def _hub_rows(name: str, hub: str, split: str) -> Any:
         return datasets.load_dataset(hub, split=split)
     except Exception as error:  # whatever the hub's client raises, the remedy is the same
         remedy = f"give root, or set MINI_RESDECAY_DATA, to a local folder that holds {name}/"
+        if isinstance(error, ImportError):
+            remedy = f"{_EXTRA}, or {remedy}"
         failed = f"{name} cannot be fetched from the Hugging Face hub ({hub}: {error})"
         raise ConnectionError(f"{failed}; {remedy}") from error
 

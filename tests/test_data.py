@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -785,3 +786,17 @@ def test_to_float_covers_minus_one_to_one():
 def test_to_float_refuses(images, message):
     with pytest.raises(ValueError, match=message):
         to_float(images)
+
+
+@pytest.mark.parametrize("missing", ["datasets", "pyarrow"])
+def test_without_an_extra_the_error_says_what_to_install(missing, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setenv("MINI_RESDECAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MINI_RESDECAY_DATA", raising=False)
+    root = None
+    if missing == "pyarrow":
+        root = tmp_path / "cifar10"
+        root.mkdir()
+        (root / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises((ImportError, ConnectionError), match=r'pip install "mini-resdecay\[hub\]"'):
+        load("cifar10", "train", root)
