@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 
 import torch
+from accelerate import PartialState
 
 from . import experiments, results
 from .experiments import EXPERIMENTS, TIERS
@@ -91,7 +92,7 @@ def _run_one(options: argparse.Namespace, name: str, seed: int) -> None:
         resume=options.resume,
         changes=options.set,
     )
-    print(f"recorded in {path}", flush=True)
+    PartialState().print(f"recorded in {path}", flush=True)  # one process speaks for all
 
 
 def _part(text: str) -> tuple[int, int]:
