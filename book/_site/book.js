@@ -20,6 +20,17 @@ function mend() {
   }
 }
 
+// A figure with many panels is small on a phone: a tap opens it alone, to be zoomed.
+function openable() {
+  for (const image of document.querySelectorAll(".cell_output img[src$='.png']")) {
+    if (image.closest("a")) continue;
+    const link = document.createElement("a");
+    link.href = image.src;
+    image.replaceWith(link);
+    link.append(image);
+  }
+}
+
 // What scrolls sideways can be reached by keyboard; the theme looks at code only once, too early.
 const SCROLLS = "mjx-container[display], .cell_output, .bd-article pre, .bd-article table";
 function reachable() {
@@ -29,6 +40,7 @@ function reachable() {
 }
 
 mend();
+openable();
 window.addEventListener("load", () => {
   mend();
   (window.MathJax?.startup?.promise ?? Promise.resolve()).then(reachable);
