@@ -151,7 +151,7 @@ def _planes(points: Mapping[str, Any], grids: Arrays, reach: float, alt: str) ->
         axes[0, 0].set_ylabel("$x_2$")
         if grids:
             image.figure.colorbar(image, ax=axes, location="bottom", label="probability of class 1")
-        _legend_below(axes[0], 2)
+        _legend_below(axes[0], 2, markerscale=2)
 
 
 def curves(
@@ -415,7 +415,7 @@ def _spearman(x: Array, y: Array) -> float:
     return float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
 
 
-def _legend_below(axes: Any, columns: int, title: str | None = None) -> None:
+def _legend_below(axes: Any, columns: int, title: str | None = None, **more: Any) -> None:
     found = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
-    look = {"loc": "outside lower center", "ncols": columns, "title": title}
+    look = {"loc": "outside lower center", "ncols": columns, "title": title, **more}
     axes[0].figure.legend(handles=[*found.values()], **look)
