@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
         _run_one(options, options.name, options.seed)
         return
     part, parts = _part(options.part)
-    left = experiments.queue(study, options.out)[part - 1 :: parts]
+    left = experiments.queue(study, options.out, part, parts)
     for place, (experiment, seed) in enumerate(left, 1):
         print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
         _run_one(options, experiment.name, seed)

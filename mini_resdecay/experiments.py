@@ -239,13 +239,19 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
 
 
-def queue(study: str, out: str | Path) -> list[tuple[Experiment, int]]:
-    """What of a study is not recorded in `out` yet, seed by seed: what decides comes first."""
+def queue(
+    study: str, out: str | Path, part: int = 1, parts: int = 1
+) -> list[tuple[Experiment, int]]:
+    """What of a study is not recorded in `out` yet, seed by seed: what decides comes first.
+
+    Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
+    """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
     arms = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
     seeds = sorted({seed for arm in arms for seed in arm.seeds})
     runs = [(arm, seed) for seed in seeds for arm in arms if seed in arm.seeds]
-    return [(arm, seed) for arm, seed in runs if not _record(arm, seed, out).exists()]
+    mine = runs[part - 1 :: parts]
+    return [(arm, seed) for arm, seed in mine if not _record(arm, seed, out).exists()]
 
 
 def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:

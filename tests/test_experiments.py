@@ -210,9 +210,16 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
     left += [(f"reuse-{name}", seed) for seed in (1, 2) for name in ("fashion-mnist", "cifar10")]
     assert ran == left
     assert "[5 of 5] reuse-cifar10, seed 2" in capsys.readouterr().out
+    halves = []
     for part in ("1/2", "2/2"):
+        ran.clear()
         assert main(["run", "reuse-study", "--out", str(tmp_path), "--part", part]) == 0
-    assert sorted(ran[5:]) == sorted(left)
+        halves.append(list(ran))
+    assert sorted(halves[0] + halves[1]) == sorted(left)
+    (done.parent / "fashion-mnist-s1.json").write_text("{}")  # recorded by the first half
+    ran.clear()
+    assert main(["run", "reuse-study", "--out", str(tmp_path), "--part", "2/2"]) == 0
+    assert ran == halves[1]
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1", "2/1"])
