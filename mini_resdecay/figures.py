@@ -304,7 +304,9 @@ def histogram_grid(
     start = values if baseline is None else _array("baseline", baseline, *values.shape)
     both = np.concatenate([values, start]).reshape(-1, len(column_labels))
     edges = [np.histogram_bin_edges(column, 40) for column in both.T]
-    with _mosaic(row_labels, column_labels, edges, alt) as axis:
+    ranges = [f"{bins[0]:.2g}\nto {bins[-1]:.2g}".replace("-", "−") for bins in edges]
+    names = [f"{name}\n{span}" for name, span in zip(column_labels, ranges, strict=True)]
+    with _mosaic(row_labels, names, alt) as axis:
         axis.set(xlabel="activation", ylabel="density")
         for row, node in np.ndindex(len(row_labels), len(column_labels)):
             samples = [values[row, labels == label, node] for label in (0, 1)]
@@ -342,8 +344,9 @@ def input_maps(
     if scale not in shared:
         raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
     maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
-    with _mosaic(row_labels, column_labels, [(-extent, extent)] * maps.shape[1], alt) as axis:
-        axis.set(xlabel="$x_1$", ylabel="$x_2$, same range")
+    with _mosaic(row_labels, column_labels, alt) as axis:
+        span = f"each from −{extent:g} to {extent:g}"
+        axis.set(xlabel=f"$x_1$, {span}", ylabel=f"$x_2$, {span}")
         for row, node in np.ndindex(maps.shape[:2]):
             x, y = PITCH * node, -PITCH * row
             place = (x, x + 1, y, y + 1)
@@ -353,16 +356,15 @@ def input_maps(
 
 
 @contextmanager
-def _mosaic(rows: Names, columns: Names, ranges: Sequence[Any], alt: str) -> Iterator[plt.Axes]:
+def _mosaic(rows: Names, columns: Names, alt: str) -> Iterator[plt.Axes]:
     """One axes with a unit square for each cell: an axes for each would take seconds."""
     height, width = len(rows), len(columns)
     size = min(WIDEST, max(4.5, 1.2 + 0.95 * width)), 2.2 + height * min(0.95, 5.8 / width)
-    names = [f"{name}\n{x[0]:.2g}\nto {x[-1]:.2g}" for name, x in zip(columns, ranges, strict=True)]
     with canvas(alt=alt, size=size) as [[axis]]:
         yield axis
         axis.set(xlim=(-0.06, PITCH * width - 0.06), ylim=(1.06 - PITCH * height, 1.04))
         axis.set(aspect="equal", frame_on=False)
-        axis.set_xticks(0.5 + PITCH * np.arange(width), [name.replace("-", "−") for name in names])
+        axis.set_xticks(0.5 + PITCH * np.arange(width), columns)
         axis.set_yticks(0.5 - PITCH * np.arange(height), rows)
         axis.tick_params(length=0, labelsize=9, grid_alpha=0, labeltop=True, labelbottom=False)
 
