@@ -352,23 +352,26 @@ def _seal(kept: ImageSet) -> str:
 def _decode(rows: list[_Row], shape: _Shape) -> Tensor:
     """JPEG or PNG images, from memory or from files, as uint8 [N, C, H, W]."""
     height, width, channels = shape
+    sheet = Image.new("RGB" if channels == 3 else "L", (width, height))  # made once, for speed
     pixels = np.empty((len(rows), *shape), np.uint8)
     for i, (place, source, _) in enumerate(rows):
         try:
-            image = _open(source, "RGB" if channels == 3 else "L", (width, height))
+            image = _open(source, sheet)
             pixels[i] = np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
         except (*_DAMAGE, Image.DecompressionBombError) as error:
             raise ValueError(f"image {place} is damaged: {error}") from error
     return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").contiguous()
 
 
-def _open(source: bytes | Path, mode: str, size: tuple[int, int]) -> Image.Image:
-    """One image in this mode and size; only files are scaled."""
+def _open(source: bytes | Path, sheet: Image.Image) -> Image.Image:
+    """One image in the mode and size of `sheet`, drawn on it or new; only files are scaled."""
+    mode, size = sheet.mode, sheet.size
     if isinstance(source, bytes) and source[:2] == b"\xff\xd8":
         # Straight to the JPEG decoder: opening a small image costs more than decoding it. What
         # does not decode to this very size is left to the careful path and its messages.
         with contextlib.suppress(ValueError):
-            return Image.frombytes(mode, size, source, "jpeg", mode, "")
+            sheet.frombytes(source, "jpeg", (mode, ""))
+            return sheet
     stream = source if isinstance(source, Path) else io.BytesIO(source)
     # Only these two formats: for some others Pillow starts outside programs.
     with Image.open(stream, formats=("JPEG", "PNG")) as image:
