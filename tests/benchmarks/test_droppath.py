@@ -6,40 +6,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mini_resdecay.droppath import residual_droppath_step
-from mini_resdecay.shortcuts import Residual, paths
+from mini_resdecay.shortcuts import paths
+from mini_resdecay.vit import Classifier, ViT
 
-DEPTH, DIM, HEADS, TOKENS, BATCH, P = 12, 64, 4, 65, 32, 0.5
-PAIRS, REPETITIONS = 4, 7
-# Counted: (5 - 2p) / 6 = 0.67. 0.66 on a quiet machine, up to 0.74 beside other work: held at 0.8.
-TARGET, HELD = 0.70, 0.80
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=HEADS)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+DEPTH, DIM, BATCH, P = 12, 192, 16, 0.5
+PAIRS, REPETITIONS = 4, 5
+# Counted: (5 - 2p) / 6 = 0.67; measured 0.67 to 0.69, and more beside other work. At width 64 it is
+# 0.72: what lies between the matrix products, of which no gradient is saved, weighs more there.
+TARGET, HELD = 0.70, 0.75
 
 
 def transformer() -> nn.Module:
-    """Pre-LN, two paths a block, 24 in all; tokens [B, 65, 64] to logits [B, 10]."""
+    """24 paths, 65 tokens: [B, 3, 32, 32] to logits [B, 10]."""
     torch.manual_seed(0)
-    blocks: list[nn.Module] = []
-    for _ in range(DEPTH):
-        mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
-        blocks += [Residual(Attention(), nn.LayerNorm(DIM)), Residual(mlp, nn.LayerNorm(DIM))]
-    return nn.Sequential(
-        nn.Linear(48, DIM), *blocks, nn.LayerNorm(DIM), nn.Flatten(), nn.Linear(TOKENS * DIM, 10)
-    )
+    return Classifier(ViT(32, 4, DIM, DEPTH, heads=4), classes=10)
 
 
 class Trained:
@@ -52,7 +36,7 @@ class Trained:
         self.masks = torch.Generator().manual_seed(0)
 
     def loss(self) -> Tensor:
-        x = torch.randn(BATCH, TOKENS, 48, generator=self.batches)
+        x = torch.randn(BATCH, 3, 32, 32, generator=self.batches)
         y = torch.randint(10, (BATCH,), generator=self.batches)
         return F.cross_entropy(self.net(x), y)
 
