@@ -27,7 +27,7 @@ from . import results, reuse
 from .cnn import ResidualCNN
 from .data import Batches, ImageSet, flip, known, load, shift, to_float
 from .droppath import ARMS
-from .toy import accuracy, seeded_nets, spiral, train_together
+from .toy import ResidualMLP, accuracy, seeded_nets, spiral, train_together
 from .train import (
     TrainState,
     cosine_schedule,
@@ -333,7 +333,7 @@ def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
     }
 
 
-def _train_spiral(recipe: SpiralRecipe, net: nn.Module, seed: int) -> list[float]:
+def _train_spiral(recipe: SpiralRecipe, net: ResidualMLP, seed: int) -> list[float]:
     """Full-batch Adam, by one of the arms; the loss of each call (of its first stage)."""
     x, y = spiral()
     calls, _ = _length(recipe, recipe.steps)

