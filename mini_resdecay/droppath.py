@@ -102,7 +102,8 @@ def mixture_step(
     """One update on (loss with paths dropped) + p (loss of the whole net); nothing is frozen.
 
     To first order in the learning rate it moves each branch as a pair of the two-stage step does
-    on average: what is left between the two is the freezing. Arguments are the same.
+    on average: what is left between the two is the freezing. The other arguments are those of
+    `residual_droppath_step`, without `freeze`; `p` is one number.
     """
     rates, skip = _rates(p, model), _can_skip(model) if skip is None else skip
     if torch.as_tensor(p).ndim:

@@ -27,6 +27,7 @@ from . import results, reuse
 from .cnn import ResidualCNN
 from .data import Batches, ImageSet, flip, known, load, shift, to_float
 from .droppath import ARMS
+from .shortcuts import device_of
 from .toy import ResidualMLP, accuracy, seeded_nets, spiral, train_together
 from .train import (
     TrainState,
@@ -317,7 +318,7 @@ def refuse_other_settings(path: Path, recipe: Mapping[str, Any]) -> None:
 def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
     x, y = spiral()
     test = spiral(n=2000, seed=12345)
-    net = seeded_nets([seed], recipe.depth, recipe.width, recipe.activation, recipe.residual)[0]
+    net = _spiral_net(recipe, seed)
     before = _diagnose_spiral(net, x, y, *test)
     start = time.perf_counter()
     losses = _train_spiral(recipe, net, seed)
@@ -331,6 +332,10 @@ def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
         "fingerprint": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16],
         "first_losses": first_losses(recipe, seed),
     }
+
+
+def _spiral_net(recipe: SpiralRecipe, seed: int) -> ResidualMLP:
+    return seeded_nets([seed], recipe.depth, recipe.width, recipe.activation, recipe.residual)[0]
 
 
 def _train_spiral(recipe: SpiralRecipe, net: ResidualMLP, seed: int) -> list[float]:
@@ -481,14 +486,18 @@ def _diagnose_images(
     return {
         **_quality(_logits(net, to_float(test.images)), test.labels),
         "probe": reuse.probe_layers(bank, fitted.labels, features, y),
-        **reuse.diagnose(net, features, lambda: _quality(_logits(net, x), y)["accuracy"]),
+        **reuse.diagnose(net, features, lambda: _share_right(_logits(net, x), y)),
     }
 
 
 @torch.no_grad()
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
-    device = next(net.parameters()).device
+    device = device_of(net)
     return torch.cat([net(part.to(device)).cpu() for part in x.split(100)])
+
+
+def _share_right(logits: Tensor, y: Tensor) -> float:
+    return (logits.argmax(1) == y).double().mean().item()
 
 
 def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
@@ -497,7 +506,7 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 
     error = multiclass_calibration_error(logits.softmax(1), y, logits.shape[1], n_bins=15)
     return {
-        "accuracy": (logits.argmax(1) == y).double().mean().item(),
+        "accuracy": _share_right(logits, y),
         "loss": F.cross_entropy(logits.double(), y).item(),
         "calibration_error": error.item(),
     }
@@ -506,8 +515,8 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:
     """The first five losses of a run, in float32 on the CPU: what a test replays."""
     if isinstance(recipe, SpiralRecipe):
-        net = seeded_nets([seed], recipe.depth, recipe.width, recipe.activation, recipe.residual)
-        return _train_spiral(replace(recipe, steps=min(10, recipe.steps)), net[0], seed)[:5]
+        short = replace(recipe, steps=min(10, recipe.steps))
+        return _train_spiral(short, _spiral_net(recipe, seed), seed)[:5]
     assert train is not None
     state, batches, step = _image_training(recipe, seed, train, cpu=True)
     few = [batches[i] for i in range(min(5, len(batches)))]

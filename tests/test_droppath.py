@@ -4,9 +4,6 @@ import copy
 import inspect
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -1125,20 +1122,11 @@ def refused(rank: int) -> str:
 
 
 @pytest.mark.slow
-def test_R36_two_processes(tmp_path):
+def test_R36_two_processes(tmp_path, launch):
     script = tmp_path / "run.py"
     text = PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
     script.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = subprocess.run(
-        [*command, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=900,
-        cwd=tmp_path,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    launch(script, tmp_path)
     for arm in ARMS:
         found = [safetensors.torch.load_file(tmp_path / f"{arm}-{rank}.out") for rank in (0, 1)]
         for name, value in process_run(arm).net.state_dict().items():

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -305,7 +303,7 @@ def test_report_does_not_hide_a_record_edited_by_hand(tmp_path, capsys):
     assert "edited" in capsys.readouterr().err
 
 
-def test_two_processes_write_one_record(tmp_path):
+def test_two_processes_write_one_record(tmp_path, launch):
     """Under `accelerate launch` each process sees half of a batch; the record is that of one."""
     script = tmp_path / "run.py"
     script.write_text(
@@ -316,22 +314,11 @@ def test_two_processes_write_one_record(tmp_path):
         "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60', 'widths=8', 'blocks=1']\n"
         "raise SystemExit(main(['run', 'droppath-cifar10-cnn-two-stage', '--set', *changes]))\n"
     )
-    one = [sys.executable, str(script)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     runs = []
-    for folder, command in (("one", one), ("two", [sys.executable, *launch, str(script)])):
+    for folder, processes in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
-        path = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        done = subprocess.run(
-            command,
-            cwd=tmp_path / folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("recorded in") == 1
+        printed = launch(script, tmp_path / folder, processes)
+        assert printed.count("recorded in") == 1
         (written,) = (tmp_path / folder / "runs").glob("*/*.json")
         runs.append(results.read(written))
     torch.testing.assert_close(runs[0].curve["loss"], runs[1].curve["loss"], rtol=1e-4, atol=0)

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -639,24 +640,16 @@ def process_run(folder: str) -> TrainState:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
-    # torchrun; `accelerate launch` sets the same variables, but wants mpirun where there is no GPU
+def test_two_processes_equal_one_with_the_whole_batch(
+    tmp_path: Path, launch: Callable[..., str]
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     expected = process_run(str(one))
     script = tmp_path / "run.py"
     script.write_text(PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(two)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = subprocess.run(
-        [*command, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=900,
-        cwd=tmp_path,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    launch(script, tmp_path)
     found = [safetensors.torch.load_file(two / f"rank{rank}.out") for rank in (0, 1)]
     for name, value in expected.net.state_dict().items():
         assert torch.equal(found[0][name], found[1][name])
