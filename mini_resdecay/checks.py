@@ -432,4 +432,104 @@ CHAPTER_3: dict[str, Exercise] = {
     ),
 }
 
-EXERCISES: dict[str, Exercise] = {**CHAPTER_1, **CHAPTER_2, **CHAPTER_3}
+
+# ---- Chapter 4 -------------------------------------------------------------------------------
+
+
+def _step(w: Tensor, v: Tensor, g: Tensor, lr: float, beta: float) -> tuple[Tensor, Tensor]:
+    v = beta * v + g
+    return w - lr * v, v
+
+
+def _stage_two(w: Tensor, v: Tensor, g: Tensor, mask: Tensor, lr: float, beta: float) -> list:
+    new_w, new_v = _step(w, v, g, lr, beta)
+    return [torch.where(mask == 1, w, new_w), torch.where(mask == 1, v, new_v)]
+
+
+def _gradient_zeroed(
+    w: Tensor, v: Tensor, g: Tensor, mask: Tensor, lr: float, beta: float
+) -> list[Tensor]:
+    return [*_step(w, v, g * (1 - mask), lr, beta)]
+
+
+def _velocity_runs_on(
+    w: Tensor, v: Tensor, g: Tensor, mask: Tensor, lr: float, beta: float
+) -> list[Tensor]:
+    new_w, new_v = _step(w, v, g * (1 - mask), lr, beta)
+    return [torch.where(mask == 1, w, new_w), new_v]
+
+
+def _velocity_updated(
+    w: Tensor, v: Tensor, g: Tensor, mask: Tensor, lr: float, beta: float
+) -> list[Tensor]:
+    new_w, new_v = _step(w, v, g, lr, beta)
+    return [torch.where(mask == 1, w, new_w), new_v]
+
+
+def _velocity_forgotten(
+    w: Tensor, v: Tensor, g: Tensor, mask: Tensor, lr: float, beta: float
+) -> list[Tensor]:
+    return [*_step(w, v * (1 - mask), g * (1 - mask), lr, beta)]
+
+
+def _two_stage_case(seed: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float]:
+    g = torch.Generator().manual_seed(seed)
+    w, v, gradient = torch.randn(3, blocks, generator=g, dtype=torch.float64)
+    mask = (torch.rand(blocks, generator=g) >= 0.5).double()
+    return w, v, gradient, mask, 0.1, 0.9
+
+
+CHAPTER_4: dict[str, Exercise] = {
+    "ex-04-1": Exercise(
+        solution=(0.35, 0.0221875),
+        mistakes={
+            "that is one plain step. In stage 1 branch 2 is not there, and not updated either.": (0.265625, -0.03125),
+            "that is where stage 1 leaves you. Stage 2 is missing.": (0.35, 0.25),
+            "both gradients are those of the starting point. Stage 2 comes after stage 1: which a1 does it see?": (0.35, -0.03125),
+            "your kept branch moved in stage 2 as well. What does frozen mean?": (0.1390625, 0.0221875),
+            "you scaled the kept branch by 1/(1 - p) = 2. The text sets the scale to 1.": (0.1, 0.09875),
+            "that is the mixture: one update on a sum of losses. Make two updates, one after the other.": (0.2328125, 0.109375),
+        },
+        tolerance=1e-4,
+    ),
+    "ex-04-2": Exercise(
+        solution=_stage_two,
+        mistakes={
+            "kept blocks still coast on their velocity: a gradient of zero is an update, too.": _gradient_zeroed,
+            "the weights stand still now, but the velocity of kept blocks fades. Optimizer state is frozen, too.": _velocity_runs_on,
+            "the weights stand still, but the gradient still enters the velocity of kept blocks. It moves them one pair later.": _velocity_updated,
+            "you erase the velocity of kept blocks. Then they stand still now, and start from nothing in the next pair.": _velocity_forgotten,
+            "you froze the dropped blocks and moved the kept ones. Which bit means kept?": lambda w, v, g, mask, lr, beta: (
+                _stage_two(w, v, g, 1 - mask, lr, beta)
+            ),
+            "every block moves: where did the mask go?": lambda w, v, g, mask, lr, beta: [
+                *_step(w, v, g, lr, beta)
+            ],
+        },
+        cases=(_two_stage_case(0, 6), _two_stage_case(1, 5)),
+    ),
+    "ex-04-4": Exercise(
+        solution="mixture",
+        mistakes={
+            "it freezes nothing in stage 2, yes. But count: its blocks get N (2 - p) updates, so that more updates and no freezing come together.": "no-freeze",
+            "it still freezes as many blocks. What it takes away is the link between dropped and trained.": "random-freeze",
+            "it has no stage 2 at all: that asks whether full passes are needed, not whether freezing is.": "droppath",
+            "it has neither dropping nor freezing. A difference would not say which of the two made it.": "plain-half",
+            "it has the same compute, but also no dropping. A difference would not say what made it.": "plain-eq",
+            "it has the same number of iterations, twice the updates, and no dropping: three differences at once.": "plain",
+        },
+    ),
+    "ex-04-5": Exercise(
+        solution=0.8**6,
+        mistakes={
+            "so near to 0? Either you counted masks that drop all blocks, or there are more than six.": 0.2**6,
+            "that is the share in which something is dropped, so that stage 2 runs.": 1 - 0.8**6,
+            "that is the share for one block alone. There are six, and all must be kept.": 0.8,
+            "that is the rate of p = 0.5. Take p = 0.2.": 0.5**6,
+        },
+        tolerance=0.01,
+    ),
+}  # fmt: skip
+
+
+EXERCISES: dict[str, Exercise] = {**CHAPTER_1, **CHAPTER_2, **CHAPTER_3, **CHAPTER_4}

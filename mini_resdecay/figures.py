@@ -46,6 +46,13 @@ ARM_STYLE |= {"mixture": Style(VERMILLION, "X", ":"), "random-freeze": Style(BLA
 ARM_STYLE |= {"standard": Style(BLUE, "h", "-"), "skips only": Style(SKY, "d", "--")}
 ARM_STYLE |= {"decay": Style(VERMILLION, ">", "-"), "constant": Style(ORANGE, "H", "-.")}
 ARM_STYLE |= {"learnable": Style(GREEN, "8", ":")}
+# What a pass does with a part of the net: never by hue alone.
+PARTS: dict[str, dict[str, Any]] = {
+    "run and updated": {"fc": "#99D8C7", "ec": GREEN, "lw": 2.4},
+    "run, frozen": {"fc": "white", "ec": BLUE, "hatch": "////", "lw": 1.2},
+    "not run": {"fc": "white", "ec": GREY, "ls": ":", "lw": 1.4},
+    "run in one of two passes, updated": {"fc": "#F7DCA6", "ec": VERMILLION, "hatch": ".."},
+}
 _OTHERS = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY)
 OTHER_STYLES = [*map(Style, _OTHERS, "os^Dv<P", ("-", "--", "-.", ":", "-", "--", "-."))]
 
@@ -402,6 +409,57 @@ def block_diagram(*, alt: str) -> None:
                 axis.plot(*around, colour, marker="<", markevery=[3])
                 axis.text(0, 3.1, "+", bbox=box | {"boxstyle": "circle,pad=0.2"}, **middle)
                 axis.text(1.35, 1.6, "shortcut", rotation=90, va="center")
+
+
+def path_diagram(rows: Mapping[str, Sequence[str]], *, alt: str) -> None:
+    """One net a row, drawn from left to right: {title: what becomes of stem, blocks and head}.
+
+    Each part is one of `PARTS`. A block is a branch above the shortcut, which is never cut.
+    """
+    count = len(next(iter(rows.values())))
+    with canvas(alt=alt, size=(6.6, 0.8 + 1.2 * len(rows))) as [[axis]]:
+        for row, (title, parts) in enumerate(rows.items()):
+            down = -2.1 * row
+            axis.plot([-0.9, count - 0.1], [down, down], BLACK, marker=">", markevery=[1])
+            axis.text(-0.9, down + 1.35, title, fontsize=11, fontweight="bold")
+            for i, part in enumerate(parts):
+                name = {0: "stem", count - 1: "head"}.get(i, f"$f_{i}$")
+                _draw_part(axis, i, down, part, name)
+        axis.set(xlim=(-1, count), ylim=(1.6 - 2.1 * len(rows), 1.9))
+        axis.set_axis_off()
+        looks = [plt.Rectangle((0, 0), 1, 1, label=name, **PARTS[name]) for name in PARTS]
+        axis.figure.legend(handles=looks, loc="outside lower center", ncols=2)
+
+
+def _draw_part(axis: Any, i: int, down: float, part: str, name: str) -> None:
+    inner = name.startswith("$")
+    height = down + 0.72 * inner
+    ink, dash = (GREY, ":") if part == "not run" else (BLACK, "-")
+    if inner:
+        path = ([i - 0.45, i - 0.45, i + 0.45, i + 0.45], [down, height, height, down])
+        axis.plot(*path, ink, ls=dash)
+        axis.plot(i + 0.45, down, "o", color=BLACK, mfc="white", ms=6)
+    box = plt.Rectangle((i - 0.3, height - 0.27), 0.6, 0.54, zorder=3, **PARTS[part])
+    axis.add_patch(box)
+    look = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85}
+    middle = {"ha": "center", "va": "center", "zorder": 4, "fontsize": 10}
+    axis.text(i, height, name, color=ink, bbox=look, **middle)
+
+
+def path_rows(mask: Any) -> dict[str, list[str]]:
+    """What a path mask [L] (1 kept) makes of stem, blocks and head: the rows of `path_diagram`."""
+    run, frozen, out, once = PARTS
+    gone = " and ".join(str(i + 1) for i, bit in enumerate(mask) if not bit)
+    made = {
+        "(a) ordinary flow: a plain step": (run, run, run),
+        f"(b) stage 1, dropped: {gone or 'none'}": (run, out, run),
+        "(c) stage 2: what was kept is frozen": (frozen, run, frozen),
+        "(d) control: the mixture, one update": (run, once, run),
+    }
+    return {
+        title: [outside, *(kept if bit else dropped for bit in mask), outside]
+        for title, (kept, dropped, outside) in made.items()
+    }
 
 
 def _array(name: str, value: Any, *shape: int) -> Array:

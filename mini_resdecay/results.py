@@ -69,6 +69,11 @@ class Interval(NamedTuple):
     half_width: float
     smallest_effect: float
 
+    def __str__(self) -> str:
+        """+0.206±0.068*: mean and half-width, with a star if 0 lies outside."""
+        star = "*" if abs(self.mean) > self.half_width else ""
+        return f"{self.mean:+.3f}±{self.half_width:.3f}{star}"
+
 
 def write(run: Run, folder: str | Path) -> Path:
     """Write a run to `folder/<study>/<arm>-s<seed>.json`, whole or not at all.
@@ -170,6 +175,13 @@ def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
         got = f"{[run.seed for run in a]} and {[run.seed for run in b]}"
         raise ValueError(f"a and b must have the same seeds, each once; got {got}")
     return paired_interval(*([side[seed] for seed in left] for side in (left, right)))
+
+
+def versus(a: Sequence[Run], b: Sequence[Run], metric: str) -> str:
+    """`compare` in words, over the seeds that both arms have: "n=3 +0.206±0.068*"."""
+    seeds = {run.seed for run in a} & {run.seed for run in b}
+    left, right = ([run for run in arm if run.seed in seeds] for arm in (a, b))
+    return f"n={len(seeds)} {compare(left, right, metric) if len(seeds) > 1 else 'no interval'}"
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:

@@ -62,6 +62,7 @@ DRAW = {
     "input_maps": lambda alt: figures.input_maps(PLANES, ROWS, COLUMNS, alt=alt),
     "image_grid": lambda alt: figures.image_grid(PLANES[:, 0], alt=alt, titles=ROWS),
     "block_diagram": lambda alt: figures.block_diagram(alt=alt),
+    "path_diagram": lambda alt: figures.path_diagram(figures.path_rows([1, 0, 1]), alt=alt),
 }
 every_figure = pytest.mark.parametrize("name", DRAW)
 
@@ -138,7 +139,10 @@ def test_text_is_large_and_dark(name, monkeypatch):
     assert min(contrast_with_white(text.get_color()) for text in texts) >= 4.5
 
 
-@pytest.mark.parametrize("name", [n for n in DRAW if n not in ("image_grid", "block_diagram")])
+UNSCALED = ("image_grid", "block_diagram", "path_diagram")
+
+
+@pytest.mark.parametrize("name", [n for n in DRAW if n not in UNSCALED])
 def test_axes_have_names(name, monkeypatch):
     axes = [a for a in drawn(lambda: DRAW[name](ALT), monkeypatch).axes if a.get_visible()]
     assert axes[0].get_xlabel() and axes[0].get_ylabel()
@@ -403,3 +407,13 @@ def test_drawing_leaves_matplotlib_as_it_was():
         "assert 'torch' not in sys.modules and 'IPython' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_path_rows_say_what_each_stage_does_with_a_block():
+    run, frozen, out, once = figures.PARTS
+    plain, first, second, mixture = figures.path_rows([1, 0, 1]).values()
+    assert plain == [run] * 5
+    assert first == [run, run, out, run, run]
+    assert second == [frozen, frozen, run, frozen, frozen]
+    assert mixture == [run, run, once, run, run]
+    assert "(b) stage 1, dropped: none" in figures.path_rows([1, 1, 1])

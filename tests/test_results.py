@@ -19,6 +19,7 @@ from scipy import stats
 
 from mini_resdecay import REPO, __version__, results
 from mini_resdecay.results import (
+    Interval,
     Run,
     check_fingerprint,
     compare,
@@ -29,6 +30,7 @@ from mini_resdecay.results import (
     read,
     summary,
     value,
+    versus,
     write,
 )
 
@@ -428,6 +430,17 @@ def test_smallest_effect_is_larger_than_the_half_width() -> None:
 def test_paired_interval_refuses(a: list, b: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_interval(a, b)
+
+
+def test_versus_takes_the_seeds_that_both_arms_have() -> None:
+    a, b = with_metric([1.0, 2.0, 4.0], "plain"), with_metric([0.0, 1.5], "decay", first=1)
+    assert versus(a, b, "test.accuracy") == f"n=2 {paired_interval([2, 4], [0, 1.5])}"
+    assert versus(a, b[:1], "test.accuracy") == "n=1 no interval"
+
+
+def test_an_interval_has_a_star_where_it_excludes_zero() -> None:
+    assert str(Interval(0.2063, 0.0684, 0.1)) == "+0.206±0.068*"
+    assert str(Interval(-0.01, 0.04, 0.1)) == "-0.010±0.040"
 
 
 def test_compare_pairs_by_seed() -> None:
