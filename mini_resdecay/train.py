@@ -99,9 +99,9 @@ def make_state(
 
 def check_precision(precision: str, cpu: bool = False) -> None:
     """Raise ValueError where this machine cannot train in `precision`."""
-    modes = ["no"]
+    modes = ["no", "bf16"]
     if torch.cuda.is_available() and not cpu:
-        modes += ["fp16"] if torch.cuda.get_device_capability() < (8, 0) else ["fp16", "bf16"]
+        modes = ["no", "fp16", "bf16"][: 2 + (torch.cuda.get_device_capability() >= (8, 0))]
     known("precision on this device", precision, modes)
 
 

@@ -582,8 +582,10 @@ def test_ema_decay_out_of_range(decay: float) -> None:
 
 
 def test_precision_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='precision on this device must be one of no, got "fp16"'):
+    wanted = 'precision on this device must be one of no, bf16, got "fp16"'
+    with pytest.raises(ValueError, match=wanted):
         linear_state(precision="fp16", cpu=True)
+    assert linear_state(precision="bf16", cpu=True).accelerator.mixed_precision == "bf16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match='must be one of no, fp16, got "bf16"'):
