@@ -532,4 +532,132 @@ CHAPTER_4: dict[str, Exercise] = {
 }  # fmt: skip
 
 
-EXERCISES: dict[str, Exercise] = {**CHAPTER_1, **CHAPTER_2, **CHAPTER_3, **CHAPTER_4}
+# ---- Chapter 5 -------------------------------------------------------------------------------
+
+
+def _ramp(
+    depth: int, alpha_min: float, layers: int = 2, first: int = 0, last: int = -1
+) -> list[float]:
+    n = layers * depth
+    return [1 - (1 - alpha_min) * (k + first) / (n + last) for k in range(n)]
+
+
+def _ramp_by_block_twice(depth: int, alpha_min: float) -> list[float]:
+    return [alpha for alpha in _ramp(depth, alpha_min, layers=1) for _ in range(2)]
+
+
+def _equal_ratios(depth: int, alpha_min: float) -> list[float]:
+    return [alpha_min ** (k / (2 * depth - 1)) for k in range(2 * depth)]
+
+
+def _twin(
+    alphas: Sequence[float], eps: float, own: int = 1, norm: int = 0, power: int = 2
+) -> list[list[float]]:
+    passed = [math.prod(alphas[:k]) for k in range(len(alphas) + 1)]
+    every = range(len(alphas))
+    gains = [1 / passed[k + own] for k in every]
+    return [gains, [eps / passed[k + norm] ** power for k in every]]
+
+
+def _factors_behind(alphas: Sequence[float], eps: float) -> list[list[float]]:
+    gains, rescaled = _twin(alphas[::-1], eps)
+    return [gains[::-1], rescaled[::-1]]
+
+
+def _shares_not_gains(alphas: Sequence[float], eps: float) -> list[list[float]]:
+    gains, rescaled = _twin(alphas, eps)
+    return [[1 / gain for gain in gains], rescaled]
+
+
+def _each_factor_alone(alphas: Sequence[float], eps: float) -> list[list[float]]:
+    return [[1 / alpha for alpha in alphas], _twin(alphas, eps)[1]]
+
+
+CHAPTER_5: dict[str, Exercise] = {
+    "ex-05-1": Exercise(
+        solution=(0.192, 0.24, 1 / 0.192),
+        mistakes={
+            "you have one factor a block. The ramp counts sub-layers: how many are there in two blocks?": (0.4, 1.0, 2.5),
+            "your first factor is already below 1. In the published code the ramp starts at 1.": (0.1309, 0.22, 1 / 0.1309),
+            "the weight of a branch contains factors behind it, and not the one of its own sub-layer.": (0.192, 0.192, 1 / 0.192),
+            "those are the factors in front of branch 1. Which ones act after its output was added?": (0.192, 0.8, 1 / 0.192),
+            "the last gain lacks its own factor: that one has weakened the state before the branch is added.": (0.192, 0.24, 1 / 0.48),
+            "you added the factors up. Each acts on what the one before it left.": (2.8, 1.0, 1 / 2.8),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-05-2": Exercise(
+        solution=_ramp,
+        mistakes={
+            "that is one factor a block. Attention and MLP have one each.": lambda depth, alpha_min: (
+                _ramp(depth, alpha_min, layers=1)
+            ),
+            "the two sub-layers of a block share a factor in yours. The ramp falls within a block, too.": _ramp_by_block_twice,
+            "your first factor is already below 1: that is the text's indexing, not the code's.": lambda depth, alpha_min: (
+                _ramp(depth, alpha_min, first=1, last=0)
+            ),
+            "the last factor does not reach alpha_min. How many steps lie between n factors?": lambda depth, alpha_min: (
+                _ramp(depth, alpha_min, last=0)
+            ),
+            "it rises. Which end of the net keeps its shortcut whole?": lambda depth, alpha_min: (
+                _ramp(depth, alpha_min)[::-1]
+            ),
+            "equal ratios, not equal steps: the ends are right, and between them it is no straight line.": _equal_ratios,
+        },
+        cases=((2, 0.4), (6, 0.6), (12, 0.75)),
+    ),
+    "ex-05-3": Exercise(
+        solution=_twin,
+        mistakes={
+            "the gains lack the layer's own factor. The state is weakened before the branch is added to it.": lambda alphas, eps: (
+                _twin(alphas, eps, own=0)
+            ),
+            "eps is added to a variance: the factor enters it squared.": lambda alphas, eps: _twin(
+                alphas, eps, power=1
+            ),
+            "norm k reads the state before factor k: one factor too many in your eps.": lambda alphas, eps: (
+                _twin(alphas, eps, norm=1)
+            ),
+            "the gains are right, and eps is left as it was. The plain net's states are larger.": lambda alphas, eps: (
+                _twin(alphas, eps, power=0)
+            ),
+            "eps goes the wrong way. Larger states need a larger eps to be damped as much.": lambda alphas, eps: (
+                _twin(alphas, eps, power=-2)
+            ),
+            "you multiplied the factors behind the layer. The states of the twin are divided by those in front.": _factors_behind,
+            "those are the shares that are left, not the gains: turn them over.": _shares_not_gains,
+            "each gain has one factor only. They pile up along the net.": _each_factor_alone,
+        },
+        cases=(([1.0, 0.8, 0.6, 0.4], 1.0), ([0.9, 0.5, 0.7], 0.01)),
+    ),
+    "ex-05-4": Exercise(
+        solution=0.57173,
+        mistakes={
+            "you used all 24 factors. How many has the input of the last norm passed?": 0.60465,
+            "that is where the variance is at nine tenths. The text asks for the standard deviation.": 0.59607,
+            "that is the answer for eps = 1e-5. Which eps does the text give?": 0.64867,
+            "your product enters without its square, but eps is compared with a variance.": 0.27450,
+            "your ramp has one factor a block.": 0.22099,
+            "that is where one tenth is left, not where one tenth is lost.": 0.39567,
+        },
+        tolerance=5e-3,
+    ),
+    "ex-05-5": Exercise(
+        solution=6,
+        mistakes={
+            "one is missing: does your gain lack the layer's own factor?": 5,
+            "none? 1 / alpha_k is the gain of one layer alone. They pile up, and the depth is 12.": 0,
+            "that is the count for SGD, where gains enter squared.": 11,
+            "those are the ones that are not.": 18,
+        },
+    ),
+}  # fmt: skip
+
+
+EXERCISES: dict[str, Exercise] = {
+    **CHAPTER_1,
+    **CHAPTER_2,
+    **CHAPTER_3,
+    **CHAPTER_4,
+    **CHAPTER_5,
+}

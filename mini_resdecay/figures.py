@@ -177,6 +177,7 @@ def curves(
 
     For panels side by side on the same axes give {title: {arm: [S, T]}}. `band=True` shades lowest
     to highest seed instead of drawing each; `references` are labelled level lines; gaps are NaN.
+    Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
     size = (5.6, 4.2) if len(panels) == 1 else (6.4, 4.0)
@@ -188,7 +189,9 @@ def curves(
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
         axes[0, 0].set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
-        _legend_below(axes[0], 2 if references else 3, f"{spread}; thick: mean over seeds")
+        several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
+        title = f"{spread}; thick: mean over seeds" if several else None
+        _legend_below(axes[0], 2 if references else 3, title)
 
 
 def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:

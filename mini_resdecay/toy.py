@@ -209,10 +209,12 @@ def train_together(
     steps: int = 1000,
     lr: float = 1e-3,
     snapshots: Sequence[int] = (),
+    eps: float = 1e-8,
 ) -> tuple[Tensor, dict[int, Sequence[ResidualMLP]]]:
     """Train S nets of one shape at once, each as if it were alone: Adam on all points.
 
     Small nets spend their time on overhead, so every operation is done once for all of them.
+    `eps` is Adam's: gradients far below it are damped.
     Changes `nets` in place. Returns the losses [steps, S] in nats, loss t measured before
     update t, and copies of the nets after each number of updates in `snapshots`.
     Raises ValueError for nets of different shape or rule or under a path mask, and if a loss is
@@ -223,7 +225,7 @@ def train_together(
     if any(block.mask is not None for net in nets for block in paths(net)):
         raise ValueError("nets must be without a path mask: all paths are trained here")
     stacked = StackedNets(nets, len(x))
-    optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, foreach=True)
+    optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, eps=eps, foreach=True)
     labels = repeat(y, "n -> s n", s=len(nets))
     losses, taken = torch.empty(steps, len(nets)), {}
     for step in tqdm(range(steps + 1), disable=None, delay=5):  # None: on a terminal only

@@ -286,6 +286,14 @@ def test_training_twice_is_the_same():
     assert torch.equal(first, second)
 
 
+def test_adams_eps_is_the_callers():
+    """Adam damps a gradient that is far below eps: with a huge one hardly anything moves."""
+    x, y = spiral(100)
+    ends = [train_together([net(0, 6, 6)], x, y, steps=20, eps=eps)[0] for eps in (1e-8, 1e8)]
+    assert ends[0][-1] < ends[0][0] - 1e-3
+    assert ends[1][-1] == pytest.approx(ends[1][0].item(), abs=1e-5)
+
+
 def test_snapshots_are_the_nets_at_those_steps():
     x, y = spiral(100)
     nets = [net(0, 4, 6), net(1, 4, 6)]
