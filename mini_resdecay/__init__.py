@@ -10,6 +10,7 @@ so it can be read from top to bottom:
     cnn          a small residual CNN
     droppath     the two-stage ResidualDroppath step and its control arms
     train        one training loop for everything; the step is passed in
+    evaluate     how good features are: neighbours, linear probe, fine-tuning, Fréchet distance
     reuse        the diagnosis: similarity maps, effective rank, skip-one-block, probes by layer
     results      recorded runs: written, checked, compared, opened
     figures      arrays in, picture out, with alt text

@@ -15,7 +15,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import known
-from .shortcuts import NoShortcut, Residual, alpha_schedule, make_rules, paths
+from .shortcuts import (
+    Decay,
+    NoShortcut,
+    Plain,
+    PostNorm,
+    Residual,
+    alpha_schedule,
+    make_rules,
+    paths,
+)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # a step of the toy is bound by memory, not by sums
@@ -188,6 +197,8 @@ def _linears(net: ResidualMLP) -> list[nn.Linear]:
 
 
 def _share_kept(rule: nn.Module) -> float:
+    if not isinstance(rule, (Plain, Decay, PostNorm, NoShortcut)):
+        raise ValueError(f"nets that train together must be plain or decay, got {rule}")
     return 0.0 if isinstance(rule, NoShortcut) else getattr(rule, "alpha", 1.0)
 
 

@@ -108,9 +108,10 @@ class ViT(nn.Module):
         final_norm: bool = True,
         eps: float = 1e-6,
         mlp_ratio: float = 4,
+        kind: str = "linear",
     ) -> None:
         super().__init__()
-        rules = make_rules(shortcut, alpha_schedule(depth, alpha_min))
+        rules = make_rules(shortcut, alpha_schedule(depth, alpha_min, kind))
         self.stem = Stem(image_size, patch_size, dim, channels)
         self.blocks = nn.ModuleList(
             Residual(

@@ -108,6 +108,9 @@ def test_blocks_are_their_formulas_and_leave_their_input_alone(shortcut):
     expected = {
         "plain": lambda: keep + branch(norm(keep)),
         "decay": lambda: keep + branch(norm(keep)),
+        "learned": lambda: keep + branch(norm(keep)),
+        "scaled-sum": lambda: 0.5**0.5 * (keep + branch(norm(keep))),
+        "branch-scaled": lambda: keep + 0.5**0.5 * branch(norm(keep)),
         "post-norm": lambda: norm(keep + branch(keep.clone())),
         "none": lambda: branch(norm(keep)),
     }

@@ -8,16 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 
 from mini_resdecay.shortcuts import (
     SHORTCUTS,
     Residual,
     alpha_schedule,
+    branch_gains,
+    decay_groups,
     effective_alpha,
+    fold_gains,
+    gain_groups,
+    output_projections,
     path_mask,
     paths,
+    rescale_norms,
     suggest_alpha_min,
 )
+from mini_resdecay.vit import Classifier, ViT
 
 TABLE = {  # decay sheet 1.2, alpha_min = 0.6
     4: "1.000000 .942857 .885714 .828571 .771429 .714286 .657143 .600000",
@@ -59,6 +74,18 @@ def points(n: int = 5, dim: int = 6, seed: int = 7, dtype: torch.dtype = torch.f
     return torch.randn(n, dim, generator=generator, dtype=dtype)
 
 
+def tiny(depth: int, shortcut: str = "plain", alpha_min: float = 1.0, **changes) -> ViT:
+    """A ViT in float64 on 8 x 8 images; branches are silent at first unless told otherwise."""
+    torch.manual_seed(0)
+    sizes = {"zero_init": True, "final_norm": False} | changes
+    return ViT(8, 2, 16, depth, 4, shortcut=shortcut, alpha_min=alpha_min, **sizes).double()
+
+
+def pictures(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
 def graph(tensor: torch.Tensor) -> list[str]:
     """Names of the autograd nodes behind a tensor, depth first."""
     names, todo = [], [tensor.grad_fn]
@@ -96,8 +123,30 @@ def test_D01_cosine_products(depth, product):
 
 @pytest.mark.parametrize(("depth", "alpha"), [(4, 0.789098), (6, 0.789991), (12, 0.790805)])
 def test_D01_constant_with_the_same_product(depth, alpha):
-    ramp = effective_alpha(alpha_schedule(depth, 0.6))
-    assert effective_alpha([alpha] * (2 * depth)) == pytest.approx(ramp, rel=2e-5)
+    alphas = alpha_schedule(depth, 0.6, kind="constant")
+    assert alphas == pytest.approx([alpha] * (2 * depth), abs=1e-6)
+    assert effective_alpha(alphas) == pytest.approx(PRODUCTS[depth], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "product", "decayed"), [("attention", 0.0684, 0), ("mlp", 0.0523, 1)]
+)
+def test_D01_one_kind_of_sub_layer_alone(kind, product, decayed):
+    alphas = alpha_schedule(12, 0.6, kind=kind)
+    assert effective_alpha(alphas) == pytest.approx(product, abs=5e-5)
+    ramp = [float(word) for word in TABLE[12].split()]
+    assert alphas[decayed::2] == pytest.approx(ramp[decayed::2], abs=1e-6)
+    assert alphas[1 - decayed :: 2] == (1.0,) * 12
+
+
+def test_D01_one_kind_of_sub_layer_needs_sub_layers():
+    with pytest.raises(ValueError, match='per must be "sublayer" for kind="mlp", got "block"'):
+        alpha_schedule(4, 0.6, kind="mlp", per="block")
+
+
+def test_D01_the_form_without_a_dial_keeps_a_share_of_2_to_the_minus_12():
+    vit, images = tiny(12, shortcut="scaled-sum"), pictures(0)
+    assert torch.allclose(vit(images), 2.0**-12 * vit.stem(images), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +213,7 @@ def test_D02_alpha_min_for_a_wanted_product(depth):
 @given(
     depth=st.integers(2, 40),
     target=st.floats(1e-4, 0.9),
-    kind=st.sampled_from(["linear", "cosine"]),
+    kind=st.sampled_from(["linear", "cosine", "constant"]),
     per=st.sampled_from(["sublayer", "block"]),
 )
 @settings(max_examples=60, deadline=None)
@@ -208,6 +257,13 @@ def test_one_factor_alone_cannot_reach_a_target():
         suggest_alpha_min(1, 0.5, per="block")
 
 
+def test_a_product_out_of_reach_is_an_error_that_says_what_is_in_reach():
+    # Attention has the factors 1 and 1 - (2/3) (1 - alpha_min) of four.
+    with pytest.raises(ValueError, match=r"target must be at least 0.333 here, got 0.1"):
+        suggest_alpha_min(2, 0.1, kind="attention")
+    assert suggest_alpha_min(2, 0.4, kind="attention") == pytest.approx(0.1)
+
+
 # --- Residual and its rules --------------------------------------------------------------------
 
 
@@ -242,6 +298,34 @@ def test_rules_are_their_formulas():
     assert torch.equal(decayed, 0.7 * x + branch(norm(x)))
     post = Residual(branch, norm, SHORTCUTS["post-norm"]())(x)
     assert torch.equal(post, norm(x + branch(x)))
+    for name, share_x, share_f in (("scaled-sum", 0.5, 0.5), ("branch-scaled", 1, 0.5)):
+        expected = share_x**0.5 * x + share_f**0.5 * branch(norm(x))
+        torch.testing.assert_close(Residual(branch, norm, SHORTCUTS[name]())(x), expected)
+
+
+@pytest.mark.parametrize(("alpha_min", "start"), [(1.0, [1.0] * 4), (0.4, [1.0, 0.8, 0.6, 0.4])])
+def test_learned_factors_start_at_one_or_at_the_ramp_and_are_trained(alpha_min, start):
+    learned, fixed = tiny(2, "learned", alpha_min), tiny(2, alpha_min=alpha_min)
+    alphas = [block.rule.alpha for block in learned.blocks]
+    assert [a.item() for a in alphas] == pytest.approx(start, abs=1e-6)
+    images = pictures(0)
+    torch.testing.assert_close(learned(images), fixed(images), rtol=1e-6, atol=1e-6)
+    learned(images).sum().backward()
+    assert all(a.grad.abs() > 0 for a in alphas)
+    assert not [a for group in decay_groups(learned, 1e-3, 0.1) if group["weight_decay"]
+                for a in group["params"] if a.dim() == 0]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scaled-sum", "branch-scaled"])
+def test_a_rule_without_factors_refuses_alpha_min(name):
+    with pytest.raises(ValueError, match=f'alpha_min must be 1 for shortcut="{name}", got 0.5'):
+        tiny(2, name, alpha_min=0.5)
+
+
+def test_the_vit_takes_every_schedule():
+    for kind in ("linear", "cosine", "constant", "attention", "mlp"):
+        alphas = [block.rule.alpha for block in tiny(3, alpha_min=0.5, kind=kind).blocks]
+        assert tuple(alphas) == alpha_schedule(3, 0.5, kind)
 
 
 def test_every_registered_rule_is_a_module_called_with_x_branch_norm():
@@ -344,22 +428,234 @@ def test_D06_unrolled_identity_for_any_factors(alphas, seed):
     assert torch.allclose(state, total, rtol=0, atol=1e-12)
 
 
-def test_D03_gain_equivalence_forward():
-    """A decayed pre-norm net is a plain one with rising branch gains (sheet D 1.4)."""
-    dim, eps, alphas = 64, 1e-6, alpha_schedule(6, 0.6)
+# --- decay is a gain is a learning rate --------------------------------------------------------
+
+GAINS = {  # decay sheet 1.4, alpha_min = 0.6
+    4: {0: 1.0, 1: 1.060606, 2: 1.197458, 3: 1.445208, 4: 1.873418, 5: 2.622786, 6: 3.991196,
+        7: 6.651993},
+    6: {11: 16.925303},
+    12: {12: 4.3367, 18: 28.6965, 23: 279.4700},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", GAINS)
+def test_D03_gains_of_the_sheet(depth):
+    gains = branch_gains(alpha_schedule(depth, 0.6))
+    assert {k: gains[k] for k in GAINS[depth]} == pytest.approx(GAINS[depth], rel=2e-6, abs=5e-5)
+
+
+def test_D03_gain_profiles_of_the_other_forms():
+    half = 0.5**0.5
+    rising = branch_gains([half] * 8, branch=half)
+    assert rising == pytest.approx([2 ** (k / 2) for k in range(8)])
+    assert branch_gains([1.0] * 8, branch=half) == (half,) * 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)], ids=["f64", "f32"]
+)
+def test_D03_gain_equivalence_forward(dtype, tolerance):
+    """At every sub-layer a decayed net is a plain one with rising branch gains (sheet D 1.4)."""
+    alphas = alpha_schedule(6, 0.6)
+    start, images = {"zero_init": False}, pictures(0).to(dtype)
+    decayed, plain, folded = (tiny(6, alpha_min=a, **start).to(dtype) for a in (0.6, 1, 1))
+    rescale_norms(plain, alphas)
+    x = y = decayed.stem(images)
+    with path_mask(plain, gains := branch_gains(alphas)):
+        for one, other, gain in zip(decayed.blocks, plain.blocks, gains, strict=True):
+            x, y = one(x), other(y)
+            assert ((x - y / gain).norm() / x.norm()).item() < tolerance
+    fold_gains(folded, alphas)
+    assert ((folded(images) - y).norm() / y.norm()).item() < tolerance
+
+
+def test_D03_without_rescaled_norms_the_equivalence_is_not_exact():
+    decayed, plain = tiny(6, alpha_min=0.6, zero_init=False), tiny(6, zero_init=False)
+    gains = branch_gains(alpha_schedule(6, 0.6))
+    with path_mask(plain, gains):
+        other = plain(pictures(0)) / gains[-1]
+    expected = decayed(pictures(0))
+    assert 1e-9 < ((expected - other).norm() / expected.norm()).item() < 1e-4
+
+
+def trained(net, optimizer: str, groups: list, steps: int = 60) -> torch.Tensor:
+    """Losses of `steps` steps toward fixed random features; the same batches for every net."""
+    rule = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](groups)
+    losses = []
+    for step in range(steps):
+        loss = (net(pictures(step)) - points(16, 16, seed=step)[:, None, None]).square().mean()
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+RATES = {"adamw": (2e-3, 0.05, 1), "sgd": (0.05, 1e-3, 2)}  # lr, weight decay, power of the gains
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_D03_decay_is_a_gain_is_a_learning_rate(optimizer, zero_init):
+    """60 steps: the same losses by shortcut, by branch gain and by learning rate."""
+    (lr, wd, power), alphas = RATES[optimizer], alpha_schedule(4, 0.6)
+    start = {"zero_init": zero_init, "final_norm": True}
+    decayed, scaled, folded, plain = (tiny(4, alpha_min=a, **start) for a in (0.6, 1, 1, 1))
+    expected = trained(decayed, optimizer, decay_groups(decayed, lr, wd))
+    rescale_norms(scaled, alphas)
+    with path_mask(scaled, branch_gains(alphas)):
+        by_gain = trained(scaled, optimizer, decay_groups(scaled, lr, wd))
+    fold_gains(folded, alphas)
+    by_rate = trained(folded, optimizer, gain_groups(folded, alphas, lr, wd, power=power))
+    untouched = trained(plain, optimizer, decay_groups(plain, lr, wd))
+    assert torch.allclose(by_gain, expected, rtol=0, atol=1e-13)
+    assert torch.allclose(by_rate, expected, rtol=0, atol=1e-13)
+    assert (untouched - expected).abs().max() > 1e-2
+    assert expected[-1] < expected[0]
+
+
+def hugging_face() -> ViTModel:
     torch.manual_seed(0)
-    branches = [nn.Sequential(nn.Linear(dim, dim), nn.Tanh()).double() for _ in alphas]
-    x = y = points(17, dim)
-    kept = 1.0  # product of the factors so far
-    for alpha, branch in zip(alphas, branches, strict=True):
-        norm = nn.LayerNorm(dim, eps=eps).double()
-        x = Residual(branch, norm, SHORTCUTS["decay"](alpha))(x)
-        rescaled = nn.LayerNorm(dim, eps=eps / kept**2).double()
-        kept *= alpha
-        with path_mask(block := Residual(branch, rescaled), [1 / kept]):
-            y = block(y)
-        assert torch.allclose(x, kept * y, rtol=1e-12, atol=1e-12)
-    assert 1 / kept == pytest.approx(16.925303, abs=1e-6)
+    shape = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=64, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    net = ViTModel(shape, add_pooling_layer=False).double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+def test_D03_a_vit_of_hugging_face_follows_its_decayed_self():
+    alphas, theirs, folded = alpha_schedule(3, 0.3), hugging_face(), hugging_face()
+
+    def decayed(images):
+        x = theirs.embeddings(images)
+        for layer, keep, keep_too in zip(theirs.layers, alphas[::2], alphas[1::2], strict=True):
+            x = keep * x + layer.attention(layer.layernorm_before(x))[0]
+            x = keep_too * x + layer.mlp(layer.layernorm_after(x))
+        return theirs.layernorm(x)
+
+    expected = trained(decayed, "adamw", decay_groups(theirs, 2e-3, 0.05))
+    fold_gains(folded, alphas)
+    groups = gain_groups(folded, alphas, 2e-3, 0.05)
+    by_rate = trained(lambda x: folded(x).last_hidden_state, "adamw", groups)
+    assert torch.allclose(by_rate, expected, rtol=0, atol=1e-12)
+
+
+def masked_autoencoder() -> ViTMAEForPreTraining:
+    shape = ViTMAEConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, decoder_hidden_size=8, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4, decoder_intermediate_size=32,
+    )  # fmt: skip
+    return ViTMAEForPreTraining(shape)
+
+
+def names(net: nn.Module, chosen: list[nn.Parameter]) -> set[str]:
+    return {name for name, p in net.named_parameters() if any(p is q for q in chosen)}
+
+
+def test_gain_groups_of_an_autoencoder_change_its_encoder_alone():
+    net, alphas = masked_autoencoder(), alpha_schedule(2, 0.5)
+    groups = gain_groups(net, alphas, 1e-3, 0.1, eps=1e-6, within=net.vit)
+    rates = {n: g["lr"] / 1e-3 for g in groups for n in names(net, g["params"])}
+    raised = {name for name, rate in rates.items() if rate > 1 + 1e-9}
+    assert raised == {
+        f"vit.layers.{layer}.{kind}"
+        for layer, parts in ((0, ["mlp.fc2"]), (1, ["attention.o_proj", "mlp.fc2"]))
+        for part in parts
+        for kind in (f"{part}.weight", f"{part}.bias")
+    }
+    weight, bias = (
+        next(g for g in groups if f"vit.layers.1.mlp.fc2.{kind}" in names(net, g["params"]))
+        for kind in ("weight", "bias")
+    )
+    gain = 1 / math.prod(alphas)
+    assert (weight["lr"], weight["eps"]) == pytest.approx((1e-3 * gain, 1e-6 / gain))
+    assert (weight["weight_decay"], bias["weight_decay"]) == pytest.approx((0.1 / gain, 0))
+    trained_ones = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert set(rates) == trained_ones and "decoder.decoder_pos_embed" not in rates
+
+
+def test_output_projections_are_found_in_nets_of_all_kinds():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, norm_first=True)
+    stacked = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    expected = [
+        part for block in stacked.layers for part in (block.self_attn.out_proj, block.linear2)
+    ]
+    assert output_projections(stacked) == expected
+    ours = Classifier(tiny(2), classes=3)
+    assert output_projections(ours) == [block.branch.out for block in ours.vit.blocks]
+    theirs = masked_autoencoder().vit
+    assert output_projections(theirs) == [
+        part for block in theirs.layers for part in (block.attention.o_proj, block.mlp.fc2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "model must have Residual paths, or blocks .*; Linear has"),
+        (
+            lambda: BertModel(BertConfig(hidden_size=24, num_hidden_layers=1)),
+            "model must have .*; BertModel has",
+        ),
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32), "must have their norms first"),
+        (lambda: tiny(2, alpha_min=0.5), r"must have rule Plain.*\n.*"),
+        (lambda: Residual(nn.Linear(2, 2)), "paths must have rule Plain, LayerNorm"),
+        (lambda: Residual(nn.Tanh(), nn.LayerNorm(2)), "LayerNorm, linear layers"),
+        (
+            lambda: nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2), nn.Linear(2, 2)),
+            "end in attention and a two-layer MLP",
+        ),
+    ],
+)
+def test_a_net_that_has_no_such_layers_is_told_what_is_missing(net, message):
+    with pytest.raises(ValueError, match=message):
+        gain_groups(net(), [1.0, 0.5], 1e-3, 0.05)
+
+
+def test_factors_must_count_the_sub_layers():
+    net, alphas = tiny(2), alpha_schedule(2, 0.5, per="block")
+    with pytest.raises(ValueError, match="alphas must be one a sub-layer, 4, got 2"):
+        gain_groups(net, alphas, 1e-3, 0.05)
+    with pytest.raises(ValueError, match="alphas must be one a LayerNorm, 4, got 2"):
+        rescale_norms(net, alphas)
+    odd = tiny(1, zero_init=False)
+    odd.extra = nn.Sequential(nn.LayerNorm(2), nn.Sequential(nn.LayerNorm(2)))
+    before = odd.blocks[1].branch.out.weight.clone()
+    with pytest.raises(ValueError, match="alphas must be one a LayerNorm, 4, got 2"):
+        fold_gains(odd, (1.0, 0.5))
+    assert torch.equal(odd.blocks[1].branch.out.weight, before)
+
+
+def test_D14_weight_decay_leaves_out_biases_and_all_with_one_axis():
+    net = Classifier(tiny(1, "learned", 0.5, final_norm=True), classes=3)
+    net.vit.norm.weight.requires_grad_(False)
+    kept, free = decay_groups(net, lr=1e-3, weight_decay=0.05)
+    if kept["weight_decay"] == 0:
+        kept, free = free, kept
+    assert (kept["lr"], kept["weight_decay"]) == (1e-3, 0.05)
+    assert (free["lr"], free["weight_decay"]) == (1e-3, 0.0)
+    assert names(net, kept["params"]) == {
+        "vit.stem.cls", "vit.stem.embed.weight", "vit.blocks.0.branch.qkv.weight",
+        "vit.blocks.0.branch.out.weight", "vit.blocks.1.branch.inner.weight",
+        "vit.blocks.1.branch.out.weight", "head.weight",
+    }  # fmt: skip
+    rest = {n for n, p in net.named_parameters() if p.requires_grad} - names(net, kept["params"])
+    assert names(net, free["params"]) == rest
+    torch.optim.AdamW([kept, free])
+
+
+def test_D14_tokens_of_an_autoencoder_are_decayed_and_its_positions_frozen():
+    net = masked_autoencoder()
+    groups = decay_groups(net, 1e-3, 0.05)
+    decayed = {n for g in groups if g["weight_decay"] for n in names(net, g["params"])}
+    assert {"vit.embeddings.cls_token", "decoder.mask_token"} <= decayed
+    everywhere = {n for g in groups for n in names(net, g["params"])}
+    assert not [n for n in everywhere if "pos" in n]
 
 
 # --- path masks --------------------------------------------------------------------------------

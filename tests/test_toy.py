@@ -369,3 +369,11 @@ def test_a_masked_net_is_not_trained_as_if_it_were_whole():
     model = net(0, 3, 4)
     with path_mask(model, [1, 0, 1]), pytest.raises(ValueError, match="path mask"):
         train_together([model], *spiral(50), steps=2)
+
+
+@pytest.mark.parametrize("shortcut", ["learned", "scaled-sum", "branch-scaled"])
+def test_rules_that_joint_training_does_not_know_are_an_error(shortcut):
+    odd = ResidualMLP(2, 4, shortcut=shortcut)
+    assert odd(spiral(8)[0]).isfinite().all()
+    with pytest.raises(ValueError, match="nets that train together must be plain or decay"):
+        train_together([odd], *spiral(8), steps=1)

@@ -1,0 +1,265 @@
+"""How good are features? Neighbours, a linear probe, fine-tuning, and the distance of two clouds.
+
+    tokens = layer_features(encoder, images)[-1]                       # [n, 1 + N, d]
+    knn_accuracy(bank, bank_labels, queries, query_labels)             # features [n, d]
+    linear_probe(feature_sources([tokens]), labels, feature_sources([test_tokens]), test_labels)
+
+Whatever can be chosen is chosen on a part of the training set; the test set is read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .shortcuts import decay_groups, paths
+
+Features = Tensor | Mapping[str, Tensor]
+Cloud = Tensor | tuple[Tensor, Tensor]
+
+LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+WEIGHT_DECAYS = (0.0, 1e-4, 1e-2)
+BATCH, QUERIES, GROUP = 1024, 256, 32  # rows a step, queries at a time, neighbours a group
+
+
+def feature_sources(layers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Ways to read tokens `[n, 1 + N, d]` as features `[n, d]`: three for each layer k.
+
+    "mean_patch k" is the mean without the class token, "mean_all k" with it, "cls k" that alone.
+    """
+    ways = [("mean_patch", slice(1, None)), ("mean_all", slice(None)), ("cls", slice(1))]
+    return {f"{name} {k}": x[:, s].mean(1) for k, x in enumerate(layers) for name, s in ways}
+
+
+# ---- Neighbours ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of `queries` [m, d] whose class wins the vote of their k nearest in `bank` [n, d].
+
+    Nearest by cosine; a neighbour has exp(cosine / temperature) votes. In float32 whatever the
+    features are: those votes overflow half precision. Memory: a copy of the bank, and 256
+    similarities for each of its rows.
+    Raises ValueError for shapes that do not fit, features that are not finite, k outside 1…n, or
+    a temperature that is not above 0.
+    Source: the evaluation of DINO, arXiv 2104.14294.
+    """
+    _check(bank, bank_labels, queries, query_labels)
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be in 1…{len(bank)}, the rows of bank, got {k}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    size = min(GROUP, len(bank) // k)
+    groups = -(-len(bank) // size)
+    unit = F.normalize(bank.float()).T
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
+    memory = unit.new_full((QUERIES, groups * size), -torch.inf)
+    for part, vote in zip(queries.split(QUERIES), votes.split(QUERIES), strict=True):
+        near = memory[: len(part)]
+        torch.mm(F.normalize(part.float()), unit, out=near[:, : len(bank)])
+        # The k nearest lie in the k groups whose best are best: only those are sorted.
+        grouped = near.view(len(part), size, groups)
+        best = grouped.amax(1).topk(k).indices[:, None].expand(-1, size, -1)
+        top, place = grouped.gather(2, best).flatten(1).topk(k)
+        rows = torch.arange(size, device=bank.device)[:, None] * groups + best
+        chosen = bank_labels[rows.flatten(1).gather(1, place)]
+        vote.scatter_add_(1, chosen, ((top - top[:, :1]) / temperature).exp())
+    return (votes.argmax(1) == query_labels).double().mean().item()
+
+
+def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    for x, y in ((train_x, train_y), (test_x, test_y)):
+        fits = x.dim() == 2 and x.shape[1:] == train_x.shape[1:]
+        if not fits or y.shape != x.shape[:1] or not len(x):
+            got = f"{list(x.shape)} and {list(y.shape)}"
+            raise ValueError(f"features and labels must be [n, d] and [n], got {got}")
+        if not torch.stack(x.aminmax()).isfinite().all():  # much faster than all of x
+            raise ValueError("features must be finite, got NaN or infinity")
+        if y.dtype != torch.int64 or y.min() < 0:
+            raise ValueError(f"labels must be int64 from 0 on, got {y.dtype}, least {y.min()}")
+
+
+# ---- A linear probe --------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """Accuracy on the test rows, and what was chosen without them."""
+
+    accuracy: float
+    lr: float
+    weight_decay: float
+    source: str
+
+
+@torch.no_grad()
+def linear_probe(
+    train_x: Features,
+    train_y: Tensor,
+    test_x: Features,
+    test_y: Tensor,
+    lrs: Sequence[float] = LRS,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    steps: int = 1000,
+    seed: int = 0,
+) -> Probe:
+    """Accuracy of multinomial logistic regression on features `[n, d]`, its settings chosen.
+
+    Every pair of learning rate and weight decay is trained, all pairs at once, on nine tenths of
+    the train rows; the one that is best on the last tenth is trained again on all of them, and
+    only then are the test rows read. Features given by name (`feature_sources`) are chosen by the
+    same tenth. Each feature is standardised by its train rows, so that its scale says nothing.
+    Training: AdamW, `steps` batches of at most 1024 rows, cosine down to 0, biases not decayed.
+    Raises ValueError for shapes that do not fit, features that are not finite, or n < 10.
+    Differs from the probe of arXiv 2404.10947: standardised, no augmentation, a grid for all.
+    """
+    train, test = (x if isinstance(x, Mapping) else {"": x} for x in (train_x, test_x))
+    if train.keys() != test.keys() or not train:
+        raise ValueError(f"test_x must have the sources {list(train)}, got {list(test)}")
+    for name, x in train.items():
+        _check(x, train_y, test[name], test_y)
+    if len(train_y) < 10:
+        raise ValueError(f"train_x must have at least 10 rows, got {len(train_y)}")
+    if (odd := int(test_y.max())) > (last := int(train_y.max())):
+        raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
+    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+    held, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    grid = [(lr, wd) for lr in lrs for wd in weight_decays]
+    trials: dict[tuple[str, float, float], tuple[float, ...]] = {}
+    for name, x in train.items():
+        parts = x[rest], train_y[rest], x[held], train_y[held]
+        scores = _fit_and_score(*parts, grid, steps, seed)
+        trials |= {(name, *pair): score for pair, score in zip(grid, scores, strict=True)}
+    source, lr, wd = max(trials, key=lambda trial: trials[trial])
+    parts = train[source], train_y, test[source], test_y
+    return Probe(_fit_and_score(*parts, [(lr, wd)], steps, seed)[0][0], lr, wd, source)
+
+
+def _fit_and_score(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    grid: Sequence[tuple[float, float]],
+    steps: int,
+    seed: int,
+) -> list[tuple[float, ...]]:
+    """Accuracy and mean log-likelihood on the test rows, for each pair of the grid."""
+    deviation, centre = torch.std_mean(train_x.float(), 0)
+    # What rounding leaves of a constant feature is no feature: infinity makes it zero.
+    varies = deviation > 1e-6 * train_x.float().abs().amax(0)
+    scale = torch.where(varies, deviation, math.inf)
+    fit, new = (F.pad((x.float() - centre) / scale, (0, 1), value=1.0) for x in (train_x, test_x))
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    weights = _logistic(fit, F.one_hot(train_y, classes).float(), grid, steps, seed)
+    scores = []
+    for x, y in zip(new.split(BATCH), test_y.split(BATCH), strict=True):
+        logits = weights @ x.T
+        right = (logits.argmax(1) == y).double()
+        scores.append(torch.stack([right, logits.log_softmax(1)[:, y, torch.arange(len(y))]]))
+    return [tuple(pair) for pair in torch.cat(scores, 2).mean(2).T.tolist()]
+
+
+def _logistic(
+    x: Tensor, target: Tensor, grid: Sequence[tuple[float, float]], steps: int, seed: int
+) -> Tensor:
+    """Weights [G, C, d] of one classifier for each pair of the grid, trained in one product.
+
+    x is [n, d], its last column the bias's 1; target [n, C]. AdamW and the gradient of the
+    softmax loss are written out.
+    """
+    lr, decay = torch.tensor(grid, device=x.device).T[:, :, None, None]
+    weights = x.new_zeros(len(grid), target.shape[1], x.shape[1])
+    mean, power = torch.zeros_like(weights), torch.zeros_like(weights)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(x))
+    for step in range(steps):
+        if len(x) > BATCH:
+            rows = torch.randint(len(x), (BATCH,), generator=generator)
+        batch = x[rows]
+        logits = weights.flatten(0, 1) @ batch.T
+        error = logits.view(*weights.shape[:2], -1).softmax(1) - target[rows].T
+        gradient = (error.flatten(0, 1) @ batch).view_as(weights) / len(rows)
+        mean.lerp_(gradient, 0.1)
+        power.lerp_(gradient.square(), 0.001)
+        now = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        weights[..., :-1] *= 1 - now * decay
+        size = (power / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+        weights -= now / (1 - 0.9 ** (step + 1)) * mean / size
+    return weights
+
+
+# ---- Fine-tuning -----------------------------------------------------------------------------
+
+
+def fine_tuning_groups(
+    net: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 0.65
+) -> list[dict[str, Any]]:
+    """Groups for AdamW whose learning rate falls by `layer_decay` a block, from the head down.
+
+    `net` is a `Classifier` on a pretrained ViT, to be trained by `train.fit` with `loss_step`:
+    factor 1 for head and last norm, layer_decay for the last block, layer_decay^(depth + 1) for
+    the stem. Weight decay as in `decay_groups`.
+    Raises ValueError for a net without paths, or layer_decay outside (0, 1].
+    Source: the fine-tuning of arXiv 2111.06377; here the class token of the stem is decayed too.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
+    blocks = paths(net)
+    if not blocks:
+        raise ValueError(f"net must have Residual paths, got {type(net).__name__}")
+    depth = len(blocks) // 2  # attention and MLP are one block here
+    factors = {p: layer_decay ** (depth + 1) for n, p in net.named_parameters() if "stem." in n}
+    for k, block in enumerate(blocks):
+        factors |= dict.fromkeys(block.parameters(), layer_decay ** (depth - k // 2))
+    return decay_groups(net, lr, weight_decay, factors)
+
+
+# ---- Two clouds of features ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def frechet_distance(a: Cloud, b: Cloud) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)): how far two normal clouds lie apart.
+
+    Each is features `[n, d]`, or their mean [d] and covariance [d, d] (with n - 1). In float64.
+    It falls as n grows: compare at one n, beside the distance of two real sets of that size.
+    Name it after the net that made the features; it is FID for one Inception net alone.
+    Raises ValueError for other shapes, n < 2, or values that are not finite.
+    """
+    (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a), _mean_and_root(b)
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(f"b must have the width of a, {len(mean_a)}, got {len(mean_b)}")
+    # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
+    cross = torch.linalg.svdvals(root_a @ root_b).sum()
+    spread = root_a.square().sum() + root_b.square().sum()
+    return ((mean_a - mean_b).square().sum() + spread - 2 * cross).item()
+
+
+def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
+    """The mean and the root of the covariance; eigenvalues that rounding made negative are 0."""
+    if isinstance(cloud, Tensor):
+        centred = cloud.double() - cloud.double().mean(0)
+        products = torch.tensordot(centred, centred, ([0], [0]))
+        cloud = cloud.double().mean(0), products / (len(cloud) - 1 or math.nan)
+    mean, covariance = (part.double() for part in cloud)
+    fits = covariance.dim() == 2 and covariance.shape == 2 * mean.shape
+    if not fits or not covariance.isfinite().all():
+        raise ValueError(
+            "clouds must be finite features [n, d] with n >= 2, or mean [d] and covariance [d, d], "
+            f"got mean {list(mean.shape)} and covariance {list(covariance.shape)}"
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    return mean, vectors * values.clamp(min=0).sqrt() @ vectors.T
