@@ -238,6 +238,8 @@ def load_reference_weights(mae: MAE, state_dict: Mapping[str, Tensor]) -> None:
     lists the keys that are unknown, missing or of another shape; nothing is copied then.
     """
     given = {re.sub(r"^(vit|decoder)\.", "", key): value for key, value in state_dict.items()}
+    odd = "decoder_encoder.layer."  # so `save_pretrained` of transformers 5.23 writes it
+    given = {key.replace(odd, "decoder_layers."): value for key, value in given.items()}
     ours, found = mae.state_dict(), dict[str, Tensor]()
     for name, old in ours.items():
         for keys in _reference_keys(name):
