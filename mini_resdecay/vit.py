@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shortcuts import Decay, Plain, Residual, alpha_schedule, make_rules, paths
+from .shortcuts import Decay, Plain, Residual, alpha_schedule, fold_gains, make_rules, paths
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
@@ -107,8 +107,8 @@ def make_blocks(
 class ViT(nn.Module):
     """`depth` blocks of attention and MLP over image patches: [B, C, H, W] to [B, 1 + N, D].
 
-    `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer. `zero_init` starts every
-    branch at zero. Xavier-uniform weights, zero biases.
+    `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer, along the schedule `kind`.
+    `zero_init` starts every branch at zero. Xavier-uniform weights, zero biases.
     Raises ValueError for sizes that do not divide, depth < 1, and a shortcut that cannot use
     `alpha_min`.
     """
@@ -160,24 +160,18 @@ class Classifier(nn.Module):
 def export_plain(vit: ViT) -> ViT:
     """A plain ViT with the features of a decayed one, up to one global scale that norms remove.
 
-    With P_k the product of the factors up to sub-layer k, its branch output (weight and bias) is
-    multiplied by 1 / P_k, and the epsilon of its norm divided by P_{k-1}^2. The last state is then
-    that of `vit` divided by P, the product of all factors. A final norm, its epsilon divided by
-    P^2, removes P: the features are the same. Without one they are `vit`'s divided by P: the same
-    to a norm, to cosine similarity and to kNN. `vit` itself is left as it is.
-    Raises ValueError for rules other than "plain" and "decay". Source: y_k = x_k / P_{k-1}.
+    Its gains are folded into weights and norms by `fold_gains`. A final norm gives the same
+    features. Without one they are `vit`'s divided by the product of all factors: the same to a
+    norm, to cosine similarity and to kNN. `vit` itself is left as it is.
+    Raises ValueError for rules other than "plain" and "decay".
     """
-    plain, kept = copy.deepcopy(vit), 1.0
+    plain, alphas = copy.deepcopy(vit), []
     for block in paths(plain):
         if not isinstance(block.rule, Plain | Decay):
             raise ValueError(f"vit must have plain or decayed shortcuts, got {block.rule}")
-        vars(block.norm)["eps"] /= kept**2
-        kept *= getattr(block.rule, "alpha", 1.0)
+        alphas.append(getattr(block.rule, "alpha", 1.0))
         block.rule = Plain()
-        for parameter in block.branch.get_submodule("out").parameters():
-            parameter.data /= kept
-    if isinstance(plain.norm, nn.LayerNorm):
-        plain.norm.eps /= kept**2
+    fold_gains(plain, alphas)
     return plain
 
 
