@@ -214,20 +214,22 @@ _STACKS = {
     "encoder.blocks": ("blocks", "layers", "encoder.layer"),
     "decoder": ("decoder_blocks", "decoder_layers", "decoder_layers"),
 }
-_ATTENTION = {
-    "norm": ("norm1", "layernorm_before", "layernorm_before"),
-    "branch.qkv": (
-        "attn.qkv",
-        "attention.q_proj attention.k_proj attention.v_proj",
-        "attention.attention.query attention.attention.key attention.attention.value",
-    ),
-    "branch.out": ("attn.proj", "attention.o_proj", "attention.output.dense"),
-}
-_MLP = {
-    "norm": ("norm2", "layernorm_after", "layernorm_after"),
-    "branch.inner": ("mlp.fc1", "mlp.fc1", "intermediate.dense"),
-    "branch.out": ("mlp.fc2", "mlp.fc2", "output.dense"),
-}
+_IN_BLOCK = (  # attention, MLP
+    {
+        "norm": ("norm1", "layernorm_before", "layernorm_before"),
+        "branch.qkv": (
+            "attn.qkv",
+            "attention.q_proj attention.k_proj attention.v_proj",
+            "attention.attention.query attention.attention.key attention.attention.value",
+        ),
+        "branch.out": ("attn.proj", "attention.o_proj", "attention.output.dense"),
+    },
+    {
+        "norm": ("norm2", "layernorm_after", "layernorm_after"),
+        "branch.inner": ("mlp.fc1", "mlp.fc1", "intermediate.dense"),
+        "branch.out": ("mlp.fc2", "mlp.fc2", "output.dense"),
+    },
+)
 
 
 def load_reference_weights(mae: MAE, state_dict: Mapping[str, Tensor]) -> None:
@@ -237,9 +239,11 @@ def load_reference_weights(mae: MAE, state_dict: Mapping[str, Tensor]) -> None:
     5.x). A state dict that holds an encoder alone fills the encoder alone. Raises ValueError that
     lists the keys that are unknown, missing or of another shape; nothing is copied then.
     """
-    given = {re.sub(r"^(vit|decoder)\.", "", key): value for key, value in state_dict.items()}
-    odd = "decoder_encoder.layer."  # so `save_pretrained` of transformers 5.23 writes it
-    given = {key.replace(odd, "decoder_layers."): value for key, value in given.items()}
+    # Of the decoder's blocks `save_pretrained` of transformers 5.23 says "decoder_encoder.layer".
+    given = {
+        re.sub(r"^(vit|decoder)\.", "", key.replace("_encoder.layer.", "_layers.")): value
+        for key, value in state_dict.items()
+    }
     ours, found = mae.state_dict(), dict[str, Tensor]()
     for name, old in ours.items():
         for keys in _reference_keys(name):
@@ -265,5 +269,5 @@ def _reference_keys(name: str) -> list[list[str]]:
     [(_, stack, k, part, kind)] = re.findall(pattern, name)
     if not stack:
         return [[theirs + kind] for theirs in _OUTSIDE.get(part, "").split()]
-    calls = zip(_STACKS[stack], (_MLP if int(k) % 2 else _ATTENTION)[part], strict=True)
+    calls = zip(_STACKS[stack], _IN_BLOCK[int(k) % 2][part], strict=True)
     return [[f"{s}.{int(k) // 2}.{p}{kind}" for p in parts.split()] for s, parts in calls]
