@@ -23,7 +23,7 @@ from mini_resdecay.mae import (
     standardise,
     unpatchify,
 )
-from mini_resdecay.shortcuts import alpha_schedule, paths
+from mini_resdecay.shortcuts import alpha_schedule, decay_groups, paths
 from mini_resdecay.vit import ViT
 
 ARCHS = ("standard", "paper", "bridge")
@@ -469,16 +469,16 @@ def test_parameters_of_vit_base(arch, count):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_D14_weights_and_tokens_decay_biases_norms_and_tables_do_not(arch):
-    """What an optimizer's groups go by: more than one axis, or not; tables are no parameters."""
     mae = small(arch)
-    axes = {name: weight.ndim for name, weight in mae.named_parameters()}
-    assert not any("positions" in name for name in axes)
-    for name, count in axes.items():
-        token = name.endswith(("cls", "token"))
-        linear = name.endswith(".weight") and "norm" not in name
-        assert (count > 1) == (token or linear), name
-    tokens = 2 + len(mae.skips)
-    assert sum(name.endswith(("cls", "token")) for name in axes) == tokens
+    names = {weight: name for name, weight in mae.named_parameters()}
+    kept, free = sorted(decay_groups(mae, 1e-3, 0.05), key=lambda group: -group["weight_decay"])
+    decayed = {names[weight] for weight in kept["params"]}
+    tokens = {name for name in decayed if name.endswith(("cls", "token"))}
+    assert len(tokens) == 2 + len(mae.skips)
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed - tokens)
+    left = {names[weight] for weight in free["params"]}
+    assert all(name.endswith(".bias") or "norm" in name for name in left)
+    assert decayed | left == set(names.values()) and "positions" not in str(names.values())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
