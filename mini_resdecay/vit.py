@@ -74,12 +74,25 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = self.by_head(x)
         if q.is_cpu and q.dtype == torch.bfloat16:  # there the fused one's backward is slow
-            mixed = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
+            mixed = _attention(q, k) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of every head: [3, B, heads, N, D / heads]."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much of token j goes into token i, [B, heads, N, N]; the sum over j is 1."""
+        q, k, _ = self.by_head(x)
+        return _attention(q, k)
+
+
+def _attention(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class MLP(nn.Sequential):
@@ -155,6 +168,23 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.vit(images)[:, 1:].mean(1))
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
+    """Attention weights of all layers and heads of a net, [B, layers, heads, 1 + N, 1 + N]."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    seen: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.weights(args[0])))
+        for layer in layers
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen, dim=1)
 
 
 def export_plain(vit: ViT) -> ViT:

@@ -5,7 +5,14 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from mini_resdecay.shortcuts import paths
-from mini_resdecay.vit import Attention, Classifier, ViT, export_plain, sincos_positions
+from mini_resdecay.vit import (
+    Attention,
+    Classifier,
+    ViT,
+    attention_maps,
+    export_plain,
+    sincos_positions,
+)
 
 
 def small(**changes) -> ViT:
@@ -158,6 +165,28 @@ def test_attention_by_hand_equals_the_fused_one():
     fused = attention.float()(x.float())
     torch.testing.assert_close(by_hand, fused, atol=2e-2, rtol=0)
     assert (by_hand - fused).square().mean().sqrt() < 4e-3
+
+
+def test_attention_weights_give_the_output_of_attention():
+    torch.manual_seed(0)
+    attention, x = Attention(16, heads=4).double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    values = attention.qkv(x)[..., 32:].view(2, 5, 4, 4).transpose(1, 2)
+    mixed = (attention.weights(x) @ values).transpose(1, 2).reshape(2, 5, 16)
+    torch.testing.assert_close(attention.out(mixed), attention(x))
+
+
+@pytest.mark.parametrize("shortcut", ["plain", "post-norm"])
+def test_attention_maps_are_those_of_hugging_face(shortcut):
+    vit, images = small(shortcut=shortcut).double(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    maps = attention_maps(vit, images)
+    assert maps.shape == (3, 2, 4, 17, 17)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+    if shortcut == "plain":
+        theirs = as_hugging_face(vit)
+        theirs.set_attn_implementation("eager")
+        expected = theirs(images, output_attentions=True).attentions
+        torch.testing.assert_close(maps, torch.stack(expected, dim=1), atol=1e-6, rtol=0)
 
 
 def test_kept_patches_are_embedded_with_their_own_positions():
