@@ -8,6 +8,7 @@ so it can be read from top to bottom:
     toy          the spiral and the linear residual net
     vit          a vision transformer from parts
     cnn          a small residual CNN
+    mae          the masked autoencoder in three architectures
     droppath     the two-stage ResidualDroppath step and its control arms
     train        one training loop for everything; the step is passed in
     evaluate     how good features are: neighbours, linear probe, fine-tuning, Fréchet distance

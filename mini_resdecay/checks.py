@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .data import known
@@ -654,10 +655,117 @@ CHAPTER_5: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 6 -------------------------------------------------------------------------------
+
+
+def _cut(images: Tensor, p: int, pattern: str = "b c (h p) (w q) -> b (h w) (p q c)") -> Tensor:
+    return rearrange(images, pattern, p=p, q=p)
+
+
+def _cut_by_reshape(images: Tensor, p: int) -> Tensor:
+    return images.reshape(len(images), -1, p * p * images.shape[1])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.5, axis: int = 1) -> Tensor:
+    return torch.softmax(q @ k.mT / k.shape[1] ** scale, dim=axis) @ v
+
+
+def _attend_without_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ k.mT / k.shape[1] ** 0.5 @ v
+
+
+def _attend_over_tokens_root(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT / len(k) ** 0.5, dim=1) @ v
+
+
+def _attend_case(seed: int, tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, tokens, width, generator=torch.Generator().manual_seed(seed))
+    return q, k, v
+
+
+def _images_case(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+
+
+CHAPTER_6: dict[str, Exercise] = {
+    "ex-06-1": Exercise(
+        solution=[True, False, True],
+        mistakes={
+            "without attention every token is still told its place, and the same stroke elsewhere is another token.": [True, False, False],
+            "no positions, and yet the order of the patches counts? Which part of that net could see it?": [True, True, True],
+            "the whole net adds a position to each patch before anything else. Exchange two patches: what do they get?": [False, False, False],
+            "you have them upside down. True stands for logits that change.": [False, True, False],
+            "who tells the net without positions where a patch was? And is the net without attention not told?": [True, True, False],
+        },
+    ),
+    "ex-06-2": Exercise(
+        solution=_cut,
+        mistakes={
+            "the channel is slowest in your patches. The text wants it fastest: (p q c).": lambda images, p: (
+                _cut(images, p, "b c (h p) (w q) -> b (h w) (c p q)")
+            ),
+            "your patches run down the columns of the grid. Take them row by row.": lambda images, p: (
+                _cut(images, p, "b c (h p) (w q) -> b (w h) (p q c)")
+            ),
+            "each patch is on its side: its pixels run down the columns.": lambda images, p: (
+                _cut(images, p, "b c (h p) (w q) -> b (h w) (q p c)")
+            ),
+            "a reshape alone cuts stripes out of rows, not squares. Some axes have to change places first.": _cut_by_reshape,
+            "you took every (H/p)-th pixel: split an axis into (h, p), not into (p, h).": lambda images, p: (
+                _cut(images, p, "b c (p h) (q w) -> b (h w) (p q c)")
+            ),
+        },
+        cases=((_images_case(1, 2, 4, 4), 2), (_images_case(2, 3, 6, 4), 2)),
+    ),
+    "ex-06-3": Exercise(
+        solution=_attend,
+        mistakes={
+            "the columns sum to 1. Each token that looks shares out its own attention: which axis is that?": lambda q, k, v: (
+                _attend(q, k, v, axis=0)
+            ),
+            "the scores are not scaled. Where is the square root of d?": lambda q, k, v: (
+                _attend(q, k, v, scale=0)
+            ),
+            "you divide by d. The formula divides by its square root.": lambda q, k, v: (
+                _attend(q, k, v, scale=1)
+            ),
+            "you divide by the root of the number of tokens. d is the number of channels.": _attend_over_tokens_root,
+            "there is no softmax: your weights may be negative, and their sum may be anything.": _attend_without_softmax,
+            "queries and keys have changed places: who looks, and who is looked at?": lambda q, k, v: (
+                _attend(k, q, v)
+            ),
+        },
+        cases=(_attend_case(0, 3, 4), _attend_case(1, 5, 2)),
+    ),
+    "ex-06-4": Exercise(
+        solution=85_054_464.0,
+        mistakes={
+            "those are the weight matrices. Biases and LayerNorms count, too.": 84_934_656.0,
+            "that is one block of the twelve.": 7_087_872.0,
+            "the LayerNorms are missing: two in each block, 2 D numbers each.": 85_017_600.0,
+            "that is the whole net, with stem and final norm. Count the blocks.": 85_054_464.0 + 768 * 768 + 4 * 768,
+            "the MLPs are missing, with their norms: you counted attention.": 12 * (4.0 * 768**2 + 6 * 768),
+            "your MLP is as wide as the stream. Its hidden layer has 4 D channels.": 12 * (6.0 * 768**2 + 10 * 768),
+        },
+        tolerance=1e-6,
+    ),
+    "ex-06-5": Exercise(
+        solution=2.0,
+        mistakes={
+            "after one attention layer patches still differ by about 10 %.": 1.0,
+            "you counted sub-layers. Every other one is an MLP.": 3.0,
+            "the first number that apart gives belongs to the stem: no layer was passed yet.": 4.0,
+            "that is where rounding is reached. Below 1 % comes earlier.": 5.0,
+        },
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
     **CHAPTER_3,
     **CHAPTER_4,
     **CHAPTER_5,
+    **CHAPTER_6,
 }

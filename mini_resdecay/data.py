@@ -455,6 +455,28 @@ def shift(images: Tensor, pixels: int, generator: Generator | None = None) -> Te
     return views[torch.arange(batch, device=images.device), :, top, left]
 
 
+def crop(images: Tensor, smallest: float = 0.2, generator: Generator | None = None) -> Tensor:
+    """A random part of each image of uint8 [B, C, H, W], enlarged to the whole by bicubic steps.
+
+    It has `smallest` to all of the area and sides of ratio 3/4 to 4/3, cut at the border.
+    Raises ValueError for images that are not uint8, and unless 0 < smallest <= 1.
+    Source: the training of arXiv 2111.06377.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest must lie in (0, 1], got {smallest}")
+    area, shape, x, y = torch.rand(4, len(images), generator=generator).to(images.device)
+    area, ratio = smallest + (1 - smallest) * area, (4 / 3) ** (2 * shape - 1)
+    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+    zero = torch.zeros_like(x)
+    row_x = torch.stack([width, zero, (2 * x - 1) * (1 - width)], dim=1)
+    row_y = torch.stack([zero, height, (2 * y - 1) * (1 - height)], dim=1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), False)
+    part = F.grid_sample(images.float(), grid, "bicubic", "border", align_corners=False)
+    return part.round().clamp(0, 255).to(images.dtype)
+
+
 def flip(images: Tensor, generator: Generator | None = None) -> Tensor:
     """Each image of [B, C, H, W] mirrored left to right with probability 1/2."""
     chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5

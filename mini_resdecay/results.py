@@ -26,7 +26,9 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from . import REPO, __version__
 from .data import cache_folder, known, sha256, write_whole
@@ -155,6 +157,22 @@ def value(run: Run, metric: str) -> float:
     if isinstance(at, bool) or not isinstance(at, int | float):
         raise ValueError(f"metric {metric!r} must lead to a number, got {type(at).__name__}")
     return float(at)
+
+
+def encoder_weights(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
+    """Weights of the encoder that `run` trained, in float32; kept for seed 0 in half precision.
+
+    Opened as `load_runs` opens records. Raises ValueError if the run kept none, or if the file is
+    not the one that it kept; OSError without network.
+    """
+    name, kept = f"{run.study}/{run.arm}-s{run.seed}.safetensors", run.metrics.get("encoder")
+    if kept is None:
+        raise ValueError(f"run must have kept its encoder, {name} does not exist")
+    folder = _checkout() if root is None else Path(root)
+    content = (folder / name if folder else _fetch(name, kept["sha256"])).read_bytes()
+    if sha256(content) != kept["sha256"]:
+        raise ValueError(f"{name} is not the file that its run kept: the sha256 does not match")
+    return {part: value.float() for part, value in safetensors.torch.load(content).items()}
 
 
 def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:

@@ -36,11 +36,11 @@ def layer_features(
     For the nets of this book: the stem, then each block. For any other net `modules` names the
     layers, as `model.named_modules()` does; of an output that is a tuple the first entry counts.
     Images `[n, C, H, W]` become `[n, H, W, C]`. `pool="mean"` averages over all positions or
-    tokens, `pool="cls"` takes the first token. The net is run in evaluation mode, `batch` inputs
-    at a time, and left as it was.
+    tokens, `pool="patches"` over all tokens but the first, which `pool="cls"` takes. The net is
+    run in evaluation mode, `batch` inputs at a time, and left as it was.
     Raises ValueError for unknown modules or pool, and for a module that does not run just once.
     """
-    known("pool", str(pool), ("None", "mean", "cls"))
+    known("pool", str(pool), ("None", "mean", "patches", "cls"))
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     names = list(modules or ["stem", *(f"blocks.{i}" for i in range(len(_blocks(model))))])
@@ -88,14 +88,14 @@ def _recorded(model: nn.Module, taken: dict[str, list[Tensor]], pool: str | None
 
 def _pooled(output: Any, pool: str | None) -> Tensor:
     x: Tensor = output if isinstance(output, Tensor) else output[0]
-    if pool == "cls" and x.dim() != 3:
-        raise ValueError(f'pool must not be "cls" without tokens [n, t, d], got {tuple(x.shape)}')
+    if pool in ("cls", "patches") and x.dim() != 3:
+        raise ValueError(f'pool must be "mean" without tokens [n, t, d], got {tuple(x.shape)}')
     if x.dim() == 4:
         x = rearrange(x, "n c h w -> n h w c")
     if pool == "mean" and x.dim() > 2:
         x = reduce(x, "n ... d -> n d", "mean")
-    if pool == "cls":
-        x = x[:, 0]
+    if pool in ("cls", "patches"):
+        x = x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
     return x.to("cpu", copy=True)  # the net may go on and write into its own output
 
 

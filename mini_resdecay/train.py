@@ -77,8 +77,9 @@ def make_state(
 ) -> TrainState:
     """Place a net and its optimiser on the device and gather what its training needs.
 
-    `precision` is "no" (float32), "fp16" (with a gradient scaler) or "bf16"; `cpu` keeps off
-    the GPU. A state made earlier with another precision or device cannot go on after this.
+    `precision` is "no" (float32), "fp16" (with a gradient scaler), "bf16", or "half": bf16 where
+    the device has it, else fp16. `cpu` keeps off the GPU. A state made earlier with another
+    precision or device cannot go on after this.
     An `ema_decay` of 0 means no EMA. `seed` is for the state's generator alone.
     Raises ValueError for a precision that the device lacks or an EMA decay outside [0, 1).
     """
@@ -86,7 +87,7 @@ def make_state(
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
     # Said outright: without it, processes on a machine with no GPU would each train alone.
     cpu = cpu or not torch.accelerator.is_available()
-    check_precision(precision, cpu)
+    precision = check_precision(precision, cpu)
     # accelerate keeps one configuration a process; a notebook may want a second one.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
@@ -97,12 +98,12 @@ def make_state(
     return TrainState(model, prepared, optimizer, accelerator, generator, scheduler, ema, ema_decay)
 
 
-def check_precision(precision: str, cpu: bool = False) -> None:
-    """Raise ValueError where this machine cannot train in `precision`."""
+def check_precision(precision: str, cpu: bool = False) -> str:
+    """The precision that "half" stands for here; others as they are, ValueError if not there."""
     modes = ["no", "bf16"]
     if torch.cuda.is_available() and not cpu:
         modes = ["no", "fp16", "bf16"][: 2 + (torch.cuda.get_device_capability() >= (8, 0))]
-    known("precision on this device", precision, modes)
+    return modes[-1] if precision == "half" else known("precision on this device", precision, modes)
 
 
 def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> lr_scheduler.LambdaLR:

@@ -6,12 +6,15 @@ factors are counted by sub-layer. Source: arXiv 2010.11929; positions and names 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shortcuts import Residual, alpha_schedule, make_rules, paths
+from .shortcuts import Decay, Plain, Residual, alpha_schedule, fold_gains, make_rules, paths
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
@@ -52,11 +55,10 @@ class Stem(nn.Module):
             raise ValueError(f"images must be [B, {expected}], got {tuple(images.shape)}")
         size = {"p": self.patch_size, "q": self.patch_size}
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", **size)
-        places = repeat(self.positions[1:], "n d -> b n d", b=len(images))
+        places = self.positions[1:]
         if keep is not None:
-            patches, places = (
-                x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[2])) for x in (patches, places)
-            )
+            rows = torch.arange(len(keep), device=keep.device)[:, None]
+            patches, places = patches[rows, keep], places[keep]
         cls = repeat(self.cls + self.positions[0], "1 1 d -> b 1 d", b=len(images))
         return torch.cat([cls, self.embed(patches) + places], dim=1)
 
@@ -72,9 +74,25 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.by_head(x)
+        if q.is_cpu and q.dtype == torch.bfloat16:  # there the fused one's backward is slow
+            mixed = _attention(q, k) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of every head: [3, B, heads, N, D / heads]."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much of token j goes into token i, [B, heads, N, N]; the sum over j is 1."""
+        q, k, _ = self.by_head(x)
+        return _attention(q, k)
+
+
+def _attention(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class MLP(nn.Sequential):
@@ -85,11 +103,25 @@ class MLP(nn.Sequential):
         self.inner, self.act, self.out = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
+def make_blocks(
+    dim: int, heads: int, rules: Sequence[nn.Module], eps: float = 1e-6, mlp_ratio: float = 4
+) -> nn.ModuleList:
+    """One pre-norm `Residual` a rule: attention and MLP in turn."""
+    return nn.ModuleList(
+        Residual(
+            MLP(dim, int(mlp_ratio * dim)) if k % 2 else Attention(dim, heads),
+            nn.LayerNorm(dim, eps=eps),
+            rule,
+        )
+        for k, rule in enumerate(rules)
+    )
+
+
 class ViT(nn.Module):
     """`depth` blocks of attention and MLP over image patches: [B, C, H, W] to [B, 1 + N, D].
 
-    `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer. `zero_init` starts every
-    branch at zero. Xavier-uniform weights, zero biases.
+    `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer, along the schedule `kind`.
+    `zero_init` starts every branch at zero. Xavier-uniform weights, zero biases.
     Raises ValueError for sizes that do not divide, depth < 1, and a shortcut that cannot use
     `alpha_min`.
     """
@@ -113,19 +145,12 @@ class ViT(nn.Module):
         super().__init__()
         rules = make_rules(shortcut, alpha_schedule(depth, alpha_min, kind))
         self.stem = Stem(image_size, patch_size, dim, channels)
-        self.blocks = nn.ModuleList(
-            Residual(
-                MLP(dim, int(mlp_ratio * dim)) if k % 2 else Attention(dim, heads),
-                nn.LayerNorm(dim, eps=eps),
-                rule,
-            )
-            for k, rule in enumerate(rules)
-        )
+        self.blocks = make_blocks(dim, heads, rules, eps, mlp_ratio)
         self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
+        self.eps, self.zero_init = eps, zero_init
         self.apply(xavier)
         if zero_init:
-            for block in paths(self):
-                nn.init.zeros_(block.branch.get_parameter("out.weight"))
+            silence(self)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         x = self.stem(images, keep)
@@ -143,6 +168,47 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.vit(images)[:, 1:].mean(1))
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
+    """Attention weights of all layers and heads of a net, [B, layers, heads, 1 + N, 1 + N]."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    seen: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.weights(args[0])))
+        for layer in layers
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen, dim=1)
+
+
+def export_plain(vit: ViT) -> ViT:
+    """A plain ViT with the features of a decayed one, up to one global scale that norms remove.
+
+    Its gains are folded into weights and norms by `fold_gains`. A final norm gives the same
+    features. Without one they are `vit`'s divided by the product of all factors: the same to a
+    norm, to cosine similarity and to kNN. `vit` itself is left as it is.
+    Raises ValueError for rules other than "plain" and "decay".
+    """
+    plain, alphas = copy.deepcopy(vit), []
+    for block in paths(plain):
+        if not isinstance(block.rule, Plain | Decay):
+            raise ValueError(f"vit must have plain or decayed shortcuts, got {block.rule}")
+        alphas.append(getattr(block.rule, "alpha", 1.0))
+        block.rule = Plain()
+    fold_gains(plain, alphas)
+    return plain
+
+
+def silence(net: nn.Module) -> None:
+    """Set the output weights of every branch to zero: at first the net only passes on its input."""
+    for block in paths(net):
+        nn.init.zeros_(block.branch.get_parameter("out.weight"))
 
 
 def xavier(module: nn.Module) -> None:

@@ -750,6 +750,37 @@ def test_shift_refuses(pixels):
         shift(torch.zeros(2, 3, 8, 9), pixels, generator())
 
 
+def test_crop_enlarges_a_part_of_each_image():
+    columns = torch.arange(0, 256, 8, dtype=torch.uint8)  # a ramp of slope 8 from left to right
+    images = torch.stack([columns.expand(32, 32), columns.expand(32, 32).T]).expand(200, 2, 32, 32)
+    found = data.crop(images, generator=generator())
+    assert found.dtype == torch.uint8 and found.shape == images.shape
+    across, down = found[:, 0].float(), found[:, 1].float()
+    assert (across.std(1) < 1).all() and (down.std(2) < 1).all()  # nothing is turned or sheared
+    width, height = (x.mean(d).diff()[:, 8:-8].mean(1) / 8 for x, d in ((across, 1), (down, 2)))
+    assert (width < 1.02).all() and (height < 1.02).all()
+    area = width * height
+    assert 0.18 < area.min() < 0.3 and area.max() > 0.9
+    ratio = width / height
+    assert ratio.min() > 0.72 and ratio.max() < 1.38
+    assert across[:, :, 0].min() < 20 and across[:, :, -1].max() > 230  # parts reach both borders
+
+
+def test_crop_is_seeded_and_leaves_a_flat_image_as_it_is():
+    images = torch.from_numpy(noise(16, 3, 8, 8))
+    assert torch.equal(data.crop(images, 0.5, generator(1)), data.crop(images, 0.5, generator(1)))
+    flat = torch.full((4, 1, 8, 8), 77, dtype=torch.uint8)
+    assert torch.equal(data.crop(flat, generator=generator()), flat)
+
+
+def test_crop_refuses():
+    for smallest in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"smallest must lie in \(0, 1\], got {smallest}"):
+            data.crop(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), smallest)
+    with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
+        data.crop(torch.zeros(2, 3, 8, 8))
+
+
 @given(st.integers(0, 2**31), st.integers(1, 12))
 @settings(max_examples=30, deadline=None)
 def test_flip_is_an_involution_of_whole_images(seed, batch):

@@ -11,6 +11,7 @@ import torch
 from mini_resdecay import data, experiments, results
 from mini_resdecay.__main__ import main
 from mini_resdecay.experiments import EXPERIMENTS, ImageRecipe, SpiralRecipe, diff, recipe_of
+from mini_resdecay.shortcuts import suggest_alpha_min
 
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
@@ -25,6 +26,7 @@ REPLAYED = [
     "droppath-fashion-mnist-cnn-mixture",
     "droppath-fashion-mnist-vit-two-stage",
 ]
+MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
 
 
@@ -189,6 +191,51 @@ def test_every_arm_trains_and_writes_its_measures(little_images, net, arm):
     assert run.metrics["init"]["accuracy"] != found["accuracy"] or found["loss"] != pytest.approx(
         run.metrics["init"]["loss"]
     )
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_arms_of_the_mae_study_differ_in_one_field(tier):
+    arms = {name: recipe_of(EXPERIMENTS[f"mae-{name}"], tier) for name in MASKED}
+    assert list(diff(arms["standard"], arms["skips-only"])) == ["arch"]
+    assert list(diff(arms["skips-only"], arms["decay"])) == ["alpha_min"]
+    decay = arms["decay"]
+    assert decay.alpha_min == pytest.approx(suggest_alpha_min(decay.depth), abs=5e-5)
+
+
+LITTLE = ["patch=8", "dim=16", "depth=2", "heads=2", "decoder_dim=8", "decoder_depth=1"]
+
+
+@pytest.mark.parametrize("arm", MASKED)
+def test_masked_autoencoder_is_recorded_with_its_encoder(little_images, arm):
+    changes = [change for change in little_images if "widths" not in change and change[0] != "b"]
+    changes += ["batch=16", "epochs=8", "lr=0.01", *LITTLE]
+    run = results.read(experiments.run(f"mae-{arm}", changes=changes))
+    before, after = run.metrics["init"], run.metrics["trained"]
+    # The first prediction is 0, whose loss is that of a patch's variance; flat patches have none.
+    assert 0 < after["loss"] < before["loss"] < 191 / 192
+    for key in ("knn", "rank_entropy", "rank_entropy_centred"):
+        assert len(after[key]) == 3  # the stem and two blocks
+    assert before["knn"][0] == before["knn"][-1]  # silent branches pass on what the stem gives
+    assert 0 <= after["probe"] <= 1 and before["knn_pixels"] == after["knn_pixels"]
+    assert len(run.first_losses) == 5
+    recipe = recipe_of(EXPERIMENTS[f"mae-{arm}"], "cpu", changes)
+    vit = experiments.encoder_of(recipe, 32, 3)
+    vit.load_state_dict(results.encoder_weights(run, "runs"))
+    assert any(block.branch.out.weight.abs().sum() > 0 for block in vit.blocks)
+
+
+def test_encoder_of_a_record_is_checked(little_images):
+    changes = [change for change in little_images if change[0] != "b" and "widths" not in change]
+    path = experiments.run("mae-decay", changes=[*changes, "batch=16", *LITTLE])
+    run = results.read(path)
+    path.with_suffix(".safetensors").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not the file that its run kept"):
+        results.encoder_weights(run, "runs")
+    other = results.read(
+        experiments.run("mae-decay", seed=1, changes=[*changes, "batch=16", *LITTLE])
+    )
+    with pytest.raises(ValueError, match="must have kept its encoder, mae/decay-s1"):
+        results.encoder_weights(other, "runs")
 
 
 def test_run_of_fewer_than_five_steps_is_recorded(little_images):

@@ -5,7 +5,14 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from mini_resdecay.shortcuts import paths
-from mini_resdecay.vit import Classifier, ViT, sincos_positions
+from mini_resdecay.vit import (
+    Attention,
+    Classifier,
+    ViT,
+    attention_maps,
+    export_plain,
+    sincos_positions,
+)
 
 
 def small(**changes) -> ViT:
@@ -63,14 +70,24 @@ def as_hugging_face(vit: ViT) -> ViTModel:
             ):
                 state[f"layers.{i}.{name}.{kind}"] = ours[f"{key}.{kind}"]
     theirs.load_state_dict(state)
+    for i, layer in enumerate(theirs.layers):  # one epsilon a net there, unless set by hand
+        layer.layernorm_before.eps = vit.blocks[2 * i].norm.eps
+        layer.layernorm_after.eps = vit.blocks[2 * i + 1].norm.eps
+    theirs.layernorm.eps = vit.norm.eps
     return theirs
 
 
-def test_features_and_gradients_equal_hugging_face():
-    vit = small().double()
+def perturbed(**changes) -> ViT:
+    """In float64, with noise on every weight: else slips in norms and biases stay hidden."""
+    vit = small(**changes).double()
     with torch.no_grad():
-        for parameter in vit.parameters():  # else slips in norms and biases stay hidden
+        for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return vit
+
+
+def test_features_and_gradients_equal_hugging_face():
+    vit = perturbed()
     theirs = as_hugging_face(vit)
     images = torch.rand(3, 3, 8, 8, dtype=torch.float64) * 2 - 1
     expected = theirs(images).last_hidden_state
@@ -85,6 +102,91 @@ def test_features_and_gradients_equal_hugging_face():
         atol=1e-10,
         rtol=0,
     )
+
+
+def pictures() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(3, 3, 8, 8, dtype=torch.float64, generator=generator) * 2 - 1
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])  # with the large one an unscaled epsilon shows
+@pytest.mark.parametrize("depth", [1, 4, 12])
+def test_D04_exported_encoder_is_a_plain_one_with_the_same_features(depth, eps):
+    vit = perturbed(depth=depth, alpha_min=0.6, eps=eps)
+    expected = vit(pictures())
+    plain = export_plain(vit)
+    assert {type(block.rule).__name__ for block in plain.blocks} == {"Plain"}
+    torch.testing.assert_close(plain(pictures()), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(vit(pictures()), expected, atol=0, rtol=0)  # left as it was
+    again = export_plain(plain)
+    torch.testing.assert_close(again(pictures()), expected, atol=1e-12, rtol=0)
+
+
+def test_D04_exported_encoder_runs_in_hugging_face():
+    vit = perturbed(alpha_min=0.3, eps=1e-3)
+    theirs = as_hugging_face(export_plain(vit))
+    found = theirs(pictures()).last_hidden_state
+    torch.testing.assert_close(found, vit(pictures()), atol=1e-12, rtol=0)
+
+
+def test_D04_gains_of_the_sheet_and_one_scale_without_a_final_norm():
+    vit = perturbed(depth=4, alpha_min=0.6, final_norm=False)
+    plain = export_plain(vit)
+    gains = "1 1.060606 1.197458 1.445208 1.873418 2.622786 3.991196 6.651993"
+    for block, old, gain in zip(plain.blocks, vit.blocks, gains.split(), strict=True):
+        for kind in ("weight", "bias"):
+            expected = float(gain) * old.branch.get_parameter(f"out.{kind}")
+            found = block.branch.get_parameter(f"out.{kind}")
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    x, y = vit(pictures()), plain(pictures())
+    torch.testing.assert_close(x, 0.1503308887 * y, rtol=1e-9, atol=1e-12)
+    similar = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+    torch.testing.assert_close(similar, torch.ones_like(similar), rtol=0, atol=1e-12)
+
+
+def test_D04_a_plain_vit_exports_to_itself():
+    vit = perturbed()
+    for old, new in zip(vit.parameters(), export_plain(vit).parameters(), strict=True):
+        assert torch.equal(old, new) and old is not new
+
+
+@pytest.mark.parametrize("shortcut", ["post-norm", "none"])
+def test_other_rules_have_no_plain_export(shortcut):
+    with pytest.raises(ValueError, match="vit must have plain or decayed shortcuts, got "):
+        export_plain(small(shortcut=shortcut))
+
+
+def test_attention_by_hand_equals_the_fused_one():
+    """On a CPU bfloat16 takes a branch of its own; here both get the same rounded weights."""
+    torch.manual_seed(0)
+    attention = Attention(16, 4).bfloat16()
+    x = torch.randn(3, 17, 16).bfloat16()
+    by_hand = attention(x).float()
+    fused = attention.float()(x.float())
+    torch.testing.assert_close(by_hand, fused, atol=2e-2, rtol=0)
+    assert (by_hand - fused).square().mean().sqrt() < 4e-3
+
+
+def test_attention_weights_give_the_output_of_attention():
+    torch.manual_seed(0)
+    attention, x = Attention(16, heads=4).double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    values = attention.qkv(x)[..., 32:].view(2, 5, 4, 4).transpose(1, 2)
+    mixed = (attention.weights(x) @ values).transpose(1, 2).reshape(2, 5, 16)
+    torch.testing.assert_close(attention.out(mixed), attention(x))
+
+
+@pytest.mark.parametrize("shortcut", ["plain", "post-norm"])
+def test_attention_maps_are_those_of_hugging_face(shortcut):
+    vit, images = small(shortcut=shortcut).double(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    maps = attention_maps(vit, images)
+    assert maps.shape == (3, 2, 4, 17, 17)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+    if shortcut == "plain":
+        theirs = as_hugging_face(vit)
+        theirs.set_attn_implementation("eager")
+        expected = theirs(images, output_attentions=True).attentions
+        torch.testing.assert_close(maps, torch.stack(expected, dim=1), atol=1e-6, rtol=0)
 
 
 def test_kept_patches_are_embedded_with_their_own_positions():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 ENOUGH = 3.0  # GB/s; a laptop has 10, and a crowded host has been seen at 0.2
 
@@ -31,3 +32,11 @@ def at_least() -> Callable[[float, float], None]:
         assert ratio >= target
 
     return judge
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

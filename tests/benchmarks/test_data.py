@@ -14,14 +14,12 @@ LOCAL = os.environ.get("MINI_RESDECAY_DATA")
 
 
 @pytest.fixture
-def one_thread():
+def one_worker(one_thread):
     import pyarrow
 
-    threads, workers = torch.get_num_threads(), pyarrow.cpu_count()
-    torch.set_num_threads(1)
+    workers = pyarrow.cpu_count()
     pyarrow.set_cpu_count(1)
     yield
-    torch.set_num_threads(threads)
     pyarrow.set_cpu_count(workers)
 
 
@@ -49,7 +47,7 @@ def seconds(function, *arguments):
 
 @pytest.mark.benchmark
 @pytest.mark.skipif(not LOCAL, reason="MINI_RESDECAY_DATA names no folder with real images")
-def test_loading_cifar10_beats_iterating_rows(tmp_path, monkeypatch, one_thread, capsys, at_least):
+def test_loading_cifar10_beats_iterating_rows(tmp_path, monkeypatch, one_worker, capsys, at_least):
     rows = rows_of_datasets(LOCAL, tmp_path / "datasets")
     peer, first, second = [], [], []
     for repeat in range(3):  # interleaved, so that a busy moment falls on all three

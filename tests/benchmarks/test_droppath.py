@@ -57,14 +57,6 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark
 def test_skipped_and_masked_pairs_are_the_same(one_thread):
     skipped, masked = Trained(), Trained()

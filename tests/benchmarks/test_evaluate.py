@@ -36,14 +36,6 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark
 def test_neighbours_take_little_more_than_their_product(one_thread, at_least, capsys):
     (bank, labels), (queries, answers) = features(BANK, 0), features(QUERIES, 1)
