@@ -190,8 +190,8 @@ def curves(
         axes[0, 0].set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
-        title = f"{spread}; thick: mean over seeds" if several else None
-        _legend_below(axes[0], 2 if references else 3, title)
+        heading = f"{spread}; thick: mean over seeds" if several else None
+        _legend_below(axes[0], 2 if references else 3, heading)
 
 
 def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
