@@ -761,6 +761,105 @@ CHAPTER_6: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 7 -------------------------------------------------------------------------------
+
+
+def _patches(image: Tensor, p: int) -> Tensor:
+    return rearrange(image, "c (h p) (w q) -> (h w) (p q c)", p=p, q=p)
+
+
+def _masked_error(pred: Tensor, patches: Tensor, mask: Tensor, correction: int = 1) -> Tensor:
+    variance, mean = torch.var_mean(patches, -1, correction=correction, keepdim=True)
+    return _removed(pred, (patches - mean) / (variance + 1e-6).sqrt(), mask)
+
+
+def _removed(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
+
+
+def _one_scale_for_all(pred: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(patches)
+    return _removed(pred, (patches - mean) / (variance + 1e-6).sqrt(), mask)
+
+
+def _divided_by_all(pred: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
+    return _masked_error(pred, patches, mask) * mask.mean()
+
+
+def _masked_case(seed: int, patches: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    pred, images = torch.randn(2, 2, patches, size, generator=g, dtype=torch.float64)
+    return pred, 3 * images + 1, (torch.arange(patches) % 3 > 0).double().expand(2, -1)
+
+
+CHAPTER_7: dict[str, Exercise] = {
+    "ex-07-1": Exercise(
+        solution=((1, 0, 1, 0, 1), (2, 0, 4, 1, 3)),
+        mistakes={
+            "your mask marks what stays. Here 1 means removed.": ((0, 1, 0, 1, 0), (2, 0, 4, 1, 3)),
+            "your second list is the shuffle: which patch comes first, second, … Restore is its inverse: the place of each patch.": ((1, 0, 1, 0, 1), (1, 3, 0, 4, 2)),
+            "you kept the patches with the most noise. The least noise stays.": ((1, 1, 0, 1, 0), (2, 4, 0, 3, 1)),
+            "your mask is still in the order of noise: the kept ones first. Put it back in the order of the image.": ((0, 0, 1, 1, 1), (2, 0, 4, 1, 3)),
+        },
+    ),
+    "ex-07-2": Exercise(
+        solution=_patches,
+        mistakes={
+            "your patches hold channel after channel, as a convolution's weights do. Here the channel runs fastest.": lambda image, p: (
+                rearrange(image, "c (h p) (w q) -> (h w) (c p q)", p=p, q=p)
+            ),
+            "you walk down the columns of the image. Patches come row by row.": lambda image, p: (
+                rearrange(image, "c (h p) (w q) -> (w h) (p q c)", p=p, q=p)
+            ),
+            "each patch is turned over its diagonal: within a patch, pixels come row by row, too.": lambda image, p: (
+                rearrange(image, "c (h p) (w q) -> (h w) (q p c)", p=p, q=p)
+            ),
+            "you cut the image into strips of p * p * C numbers. Those are no squares: name the axes first.": lambda image, p: (
+                image.reshape(-1, p * p * len(image))
+            ),
+        },
+        cases=((torch.arange(36.0).view(1, 6, 6), 3), (torch.arange(72.0).view(3, 4, 6), 2)),
+    ),
+    "ex-07-3": Exercise(
+        solution=_masked_error,
+        mistakes={
+            "your variance divides by P. The reference divides by P - 1: the loss is off by a part in P.": lambda pred, patches, mask: (
+                _masked_error(pred, patches, mask, correction=0)
+            ),
+            "you average over all patches. What the encoder has seen is no test: only removed ones count.": lambda pred, patches, mask: (
+                _masked_error(pred, patches, torch.ones_like(mask))
+            ),
+            "your loss looks at the kept patches. 1 means removed.": lambda pred, patches, mask: (
+                _masked_error(pred, patches, 1 - mask)
+            ),
+            "your target is raw pixels. Standardise each patch first.": _removed,
+            "you standardise all patches together. Each has a mean and a deviation of its own.": _one_scale_for_all,
+            "you sum over removed patches and divide by all of them.": _divided_by_all,
+        },
+        cases=(_masked_case(0, 6, 5), _masked_case(1, 9, 12)),
+    ),
+    "ex-07-4": Exercise(
+        solution=0.3774,
+        mistakes={
+            "that is (P - 1)/P, the loss if every patch varied. Many of these are one flat grey.": 47 / 48,
+            "that is the share of patches that vary. A varying patch costs (P - 1)/P, not 1.": 0.3856,
+            "that is the share of patches of one flat grey: they cost nothing.": 0.6144,
+            "that is for patches of 8 × 8 pixels. Take 4 × 4.": 0.5923,
+        },
+        tolerance=3e-3,
+    ),
+    "ex-07-5": Exercise(
+        solution=(23, 21, 19, 17, 15, 13, 11, 9),
+        mistakes={
+            "right taps, wrong way round: what was put down last is taken up first.": (9, 11, 13, 15, 17, 19, 21, 23),
+            "those are the shallowest eight. The rule takes the deepest, as many as the decoder has blocks.": (15, 13, 11, 9, 7, 5, 3, 1),
+            "a tap is the state after the second block of a pair: counted from 0, odd numbers.": (22, 20, 18, 16, 14, 12, 10, 8),
+            "that is one tap for each pair. The decoder has eight blocks to take them.": (23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1),
+        },
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -768,4 +867,5 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_4,
     **CHAPTER_5,
     **CHAPTER_6,
+    **CHAPTER_7,
 }
