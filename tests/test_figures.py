@@ -380,6 +380,7 @@ def test_frames_collects_and_then_stops():
 
 def test_jupyter_gets_one_png_with_its_alt(monkeypatch):
     published = []
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # of another environment: IPython warns
     shell = InteractiveShell()
     monkeypatch.setattr(shell.display_pub, "publish", lambda **message: published.append(message))
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
