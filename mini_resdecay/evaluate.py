@@ -36,6 +36,18 @@ def feature_sources(layers: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{name} {k}": x[:, s].mean(1) for k, x in enumerate(layers) for name, s in ways}
 
 
+def standardised(fit: Tensor, *others: Tensor) -> list[Tensor]:
+    """Features `[n, d]`, all with the means and deviations of the rows of the first, in float32.
+
+    A feature that is constant in the first becomes 0 in all.
+    """
+    deviation, centre = torch.std_mean(fit.float(), 0)
+    # What rounding leaves of a constant feature is no feature: infinity makes it zero.
+    varies = deviation > 1e-6 * fit.float().abs().amax(0)
+    scale = torch.where(varies, deviation, math.inf)
+    return [(x.float() - centre) / scale for x in (fit, *others)]
+
+
 # ---- Neighbours ------------------------------------------------------------------------------
 
 
@@ -122,7 +134,8 @@ def linear_probe(
     only then are the test rows read. Features given by name (`feature_sources`) are chosen by the
     same tenth. Each feature is standardised by its train rows, so that its scale says nothing.
     Training: AdamW, `steps` batches of at most 1024 rows, cosine down to 0, biases not decayed.
-    Raises ValueError for shapes that do not fit, features that are not finite, or n < 10.
+    Raises ValueError for shapes that do not fit, features that are not finite, n < 10, or a grid
+    that trains nothing.
     Differs from the probe of arXiv 2404.10947: standardised, no augmentation, a grid for all.
     """
     train, test = (x if isinstance(x, Mapping) else {"": x} for x in (train_x, test_x))
@@ -130,6 +143,11 @@ def linear_probe(
         raise ValueError(f"test_x must have the sources {list(train)}, got {list(test)}")
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
+    if steps < 1 or not all(0 < lr < math.inf for lr in lrs) or not min(weight_decays) >= 0:
+        got = f"{steps}, {lrs}, {weight_decays}"
+        raise ValueError(
+            f"steps must be at least 1, lrs above 0, weight_decays 0 or more, got {got}"
+        )
     if len(train_y) < 10:
         raise ValueError(f"train_x must have at least 10 rows, got {len(train_y)}")
     if (odd := int(test_y.max())) > (last := int(train_y.max())):
@@ -157,11 +175,7 @@ def _fit_and_score(
     seed: int,
 ) -> list[tuple[float, ...]]:
     """Accuracy and mean log-likelihood on the test rows, for each pair of the grid."""
-    deviation, centre = torch.std_mean(train_x.float(), 0)
-    # What rounding leaves of a constant feature is no feature: infinity makes it zero.
-    varies = deviation > 1e-6 * train_x.float().abs().amax(0)
-    scale = torch.where(varies, deviation, math.inf)
-    fit, new = (F.pad((x.float() - centre) / scale, (0, 1), value=1.0) for x in (train_x, test_x))
+    fit, new = (F.pad(x, (0, 1), value=1.0) for x in standardised(train_x, test_x))
     classes = int(max(train_y.max(), test_y.max())) + 1
     weights = _logistic(fit, F.one_hot(train_y, classes).float(), grid, steps, seed)
     scores = []

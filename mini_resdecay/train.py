@@ -77,8 +77,8 @@ def make_state(
 ) -> TrainState:
     """Place a net and its optimiser on the device and gather what its training needs.
 
-    `precision` is "no" (float32), "fp16" (with a gradient scaler), "bf16", or "half": bf16 where
-    the device has it, else fp16. `cpu` keeps off the GPU. A state made earlier with another
+    `precision` is "no" (float32), "fp16" (with a gradient scaler), "bf16", or "half": fp16
+    on GPUs without bf16, else bf16. `cpu` keeps off the GPU. A state made earlier with another
     precision or device cannot go on after this.
     An `ema_decay` of 0 means no EMA. `seed` is for the state's generator alone.
     Raises ValueError for a precision that the device lacks or an EMA decay outside [0, 1).

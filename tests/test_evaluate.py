@@ -25,6 +25,7 @@ from mini_resdecay.evaluate import (
     frechet_distance,
     knn_accuracy,
     linear_probe,
+    standardised,
 )
 from mini_resdecay.train import fit, loss_step, make_state
 from mini_resdecay.vit import Classifier, ViT
@@ -397,3 +398,20 @@ def test_D17_features_and_their_moments_give_what_scipy_gives():
 def test_bad_clouds_are_named(cloud, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(torch.randn(9, 2), copy.copy(cloud))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"lrs": (0.0,)}, {"lrs": (float("nan"),)}, {"weight_decays": (-0.1,)}],
+)
+def test_a_grid_that_trains_nothing_is_named(wrong):
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(ValueError, match="steps must be at least 1, lrs above 0"):
+        linear_probe(x, y, x, y, **wrong)
+
+
+def test_standardised_by_the_first_and_constants_are_zero():
+    x, y = torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[5.0, 7.0]])
+    fit, new = standardised(x, y)
+    torch.testing.assert_close(fit, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]) * 0.5**0.5)
+    torch.testing.assert_close(new, torch.tensor([[3.0, 0.0]]) * 0.5**0.5)

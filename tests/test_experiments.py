@@ -216,7 +216,12 @@ def test_masked_autoencoder_is_recorded_with_its_encoder(little_images, arm):
     for key in ("knn", "rank_entropy", "rank_entropy_centred"):
         assert len(after[key]) == 3  # the stem and two blocks
     assert before["knn"][0] == before["knn"][-1]  # silent branches pass on what the stem gives
-    assert 0 <= after["probe"] <= 1 and before["knn_pixels"] == after["knn_pixels"]
+    assert before["knn_pixels"] == after["knn_pixels"]
+    assert after["knn_last"] == after["knn"][-1] and after["knn_best"] == max(after["knn"][1:])
+    assert after["probe_block"] in (1, 2)
+    for name in ("knn_last", "knn_best", "probe_last", "probe_best"):  # what studies compare
+        assert 0 < results.value(run, f"trained.{name}") < 1
+    assert run.device.endswith(", bf16")
     assert len(run.first_losses) == 5
     recipe = recipe_of(EXPERIMENTS[f"mae-{arm}"], "cpu", changes)
     vit = experiments.encoder_of(recipe, 32, 3)
