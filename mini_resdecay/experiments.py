@@ -509,10 +509,7 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
-    iterations = recipe.epochs * (len(train) // recipe.batch)
-    if iterations < 2:
-        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
-    steps, draws = _length(recipe, iterations)
+    steps, draws = _length(recipe, _batches_seen(recipe, train))
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
     # Masks have a generator of their own, so that all arms see the same batches.
     state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
@@ -528,6 +525,13 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
         return ResidualCNN(channels, len(train.classes), recipe.widths, recipe.blocks)
     vit = ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels)
     return Classifier(vit, len(train.classes))
+
+
+def _batches_seen(recipe: ImageRecipe | MaskedRecipe, train: ImageSet) -> int:
+    batches = recipe.epochs * (len(train) // recipe.batch)
+    if batches < 2:
+        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
+    return batches
 
 
 def _length(recipe: SpiralRecipe | ImageRecipe, iterations: int) -> tuple[int, int]:
@@ -635,9 +639,7 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
     )
     groups = decay_groups(net, recipe.lr, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    steps = recipe.epochs * (len(train) // recipe.batch)
-    if steps < 2:
-        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
+    steps = _batches_seen(recipe, train)
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
     state = make_state(
         net, optimizer, scheduler=schedule, seed=10_000 + seed, precision=recipe.precision, cpu=cpu
