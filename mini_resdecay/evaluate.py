@@ -274,7 +274,7 @@ def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
     whole = fits and torch.stack([x.isfinite().all() for x in (mean, covariance)]).all()
     if not whole or not torch.allclose(covariance, covariance.T):
         raise ValueError(
-            "clouds must be finite features [n, d] with n >= 2, or mean [d] and symmetric covariance "
+            "clouds must be finite features [n, d] with n >= 2, or mean [d], symmetric covariance "
             f"[d, d], got mean {list(mean.shape)} and covariance {list(covariance.shape)}"
         )
     values, vectors = torch.linalg.eigh(covariance)
