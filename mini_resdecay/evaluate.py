@@ -232,8 +232,9 @@ def fine_tuning_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
     blocks = paths(net)
-    if not blocks:
-        raise ValueError(f"net must have Residual paths, got {type(net).__name__}")
+    if not blocks or not all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
+        wanted = "paths behind a LayerNorm, attention and MLP in turn"
+        raise ValueError(f"net must be a Classifier on a ViT: {wanted}; got {type(net).__name__}")
     depth = len(blocks) // 2  # attention and MLP are one block here
     factors = {p: layer_decay ** (depth + 1) for n, p in net.named_parameters() if "stem." in n}
     for k, block in enumerate(blocks):
@@ -270,10 +271,11 @@ def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
         cloud = cloud.double().mean(0), products / (len(cloud) - 1 or math.nan)
     mean, covariance = (part.double() for part in cloud)
     fits = covariance.dim() == 2 and covariance.shape == 2 * mean.shape
-    if not fits or not covariance.isfinite().all():
+    whole = fits and torch.stack([x.isfinite().all() for x in (mean, covariance)]).all()
+    if not whole or not torch.allclose(covariance, covariance.T):
         raise ValueError(
-            "clouds must be finite features [n, d] with n >= 2, or mean [d] and covariance [d, d], "
-            f"got mean {list(mean.shape)} and covariance {list(covariance.shape)}"
+            "clouds must be finite features [n, d] with n >= 2, or mean [d], symmetric covariance "
+            f"[d, d], got mean {list(mean.shape)} and covariance {list(covariance.shape)}"
         )
     values, vectors = torch.linalg.eigh(covariance)
     return mean, vectors * values.clamp(min=0).sqrt() @ vectors.T

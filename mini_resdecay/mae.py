@@ -178,6 +178,8 @@ class MAE(nn.Module):
         states = [self.encoder.stem(images, keep)]
         for block in self.encoder.blocks:
             states.append(block(states[-1]))
+        if len(self.tap_scales) != len(self.taps):
+            raise ValueError(f"tap_scales must be one for each of taps {self.taps}")
         scaled = zip(self.taps, self.tap_scales, strict=True)
         taps = [states[2 * tap + 2] * scale for tap, scale in scaled]
         return self.encoder.norm(states[-1]), taps

@@ -172,8 +172,13 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """Attention weights of all layers and heads of a net, [B, layers, heads, 1 + N, 1 + N]."""
+    """Attention weights of all layers and heads of a net, [B, layers, heads, 1 + N, 1 + N].
+
+    Raises ValueError for a net without attention.
+    """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if not layers:
+        raise ValueError(f"model must have Attention layers, got {type(model).__name__}")
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.weights(args[0])))

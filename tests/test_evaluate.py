@@ -347,7 +347,7 @@ def test_fine_tuning_learns_and_moves_the_stem_least():
 def test_bad_input_of_fine_tuning_is_named():
     with pytest.raises(ValueError, match=r"layer_decay must lie in \(0, 1\], got 0.0"):
         fine_tuning_groups(classifier(), 1e-3, layer_decay=0.0)
-    with pytest.raises(ValueError, match="net must have Residual paths, got Linear"):
+    with pytest.raises(ValueError, match="net must be a Classifier on a ViT.*got Linear"):
         fine_tuning_groups(nn.Linear(2, 2), 1e-3)
 
 
@@ -392,6 +392,8 @@ def test_D17_features_and_their_moments_give_what_scipy_gives():
         (torch.ones(4, 2, 2), r"got mean \[2, 2\]"),
         (torch.full((4, 2), math.nan), "must be finite"),
         ((torch.zeros(3), torch.eye(2)), r"got mean \[3\] and covariance \[2, 2\]"),
+        ((torch.full((2,), math.nan), torch.eye(2)), "must be finite"),
+        ((torch.zeros(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]])), "symmetric covariance"),
         (torch.randn(5, 3), "b must have the width of a, 2, got 3"),
     ],
 )

@@ -560,7 +560,7 @@ def test_wrong_inputs_are_named():
         mae(pictures(side=10))
     mae = small("paper")
     mae.tap_scales = (1.0,)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="tap_scales must be one for each of taps"):
         mae(pictures())
 
 

@@ -175,6 +175,11 @@ def test_attention_weights_give_the_output_of_attention():
     torch.testing.assert_close(attention.out(mixed), attention(x))
 
 
+def test_a_net_without_attention_has_no_maps():
+    with pytest.raises(ValueError, match="model must have Attention layers, got Linear"):
+        attention_maps(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
 @pytest.mark.parametrize("shortcut", ["plain", "post-norm"])
 def test_attention_maps_are_those_of_hugging_face(shortcut):
     vit, images = small(shortcut=shortcut).double(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
