@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from mini_resdecay.reuse import effective_rank
 from mini_resdecay.shortcuts import paths
 from mini_resdecay.vit import (
     Attention,
@@ -154,6 +155,30 @@ def test_D04_a_plain_vit_exports_to_itself():
 def test_other_rules_have_no_plain_export(shortcut):
     with pytest.raises(ValueError, match="vit must have plain or decayed shortcuts, got "):
         export_plain(small(shortcut=shortcut))
+
+
+RANKS = {  # sheet D 1.7: after the last block, for these alpha_min; the input has rank 63.0
+    4: (56.5, 52.7, 47.7, 40.8),
+    6: (54.3, 47.3, 36.5, 25.1),
+    12: (50.4, 31.5, 16.7, 13.2),
+}
+
+
+@pytest.mark.parametrize("depth", RANKS)
+def test_D07_rank_falls_with_alpha_before_any_training(depth):
+    found = torch.zeros(3, 4)
+    for seed, row in enumerate(found):
+        x = torch.randn(32, 17, 64, generator=torch.Generator().manual_seed(seed))
+        assert effective_rank(x) == pytest.approx(63.0, abs=0.1)
+        for i, alpha_min in enumerate((1.0, 0.8, 0.6, 0.4)):
+            torch.manual_seed(seed)
+            vit = ViT(8, 2, 64, depth, heads=4, alpha_min=alpha_min)
+            with torch.no_grad():
+                row[i] = effective_rank(torch.nn.Sequential(*vit.blocks)(x))
+    mean = found.mean(0)
+    assert (mean.diff() < 0).all()
+    assert mean.tolist() == pytest.approx(RANKS[depth], rel=0.3)  # theirs are other draws
+    assert mean[0].item() == pytest.approx(RANKS[depth][0], abs=1)
 
 
 def test_attention_by_hand_equals_the_fused_one():
