@@ -133,6 +133,22 @@ class Learned(nn.Module):
         return self.alpha * x + branch(norm(x))
 
 
+class IdentityDrop(nn.Module):
+    """`Decay` by chance: in training each sample keeps its whole state with probability `alpha`.
+
+    In evaluation it is `Decay`, which is its mean where branches are linear. Drawn from torch's
+    own generator, as dropout is. Source: a question in the reviews of arXiv 2404.10947.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, branch: Branch, norm: nn.Module) -> Tensor:
+        share = x.new_full((len(x),) + (1,) * (x.dim() - 1), self.alpha)
+        return (share.bernoulli() if self.training else share) * x + branch(norm(x))
+
+
 class ScaledSum(nn.Module):
     """The form without a number to choose: a sum of equal variances keeps it (arXiv 2011.13456)."""
 
@@ -165,6 +181,7 @@ SHORTCUTS: dict[str, type[nn.Module]] = {
     "plain": Plain,
     "decay": Decay,
     "learned": Learned,
+    "identity-drop": IdentityDrop,
     "scaled-sum": ScaledSum,
     "branch-scaled": BranchScaled,
     "post-norm": PostNorm,
@@ -180,7 +197,7 @@ def make_rules(shortcut: str, alphas: Sequence[float]) -> list[nn.Module]:
     rule = SHORTCUTS[known("shortcut", shortcut, SHORTCUTS)]
     if rule is Plain and min(alphas) < 1:
         rule = Decay
-    if rule in (Decay, Learned):
+    if rule in (Decay, Learned, IdentityDrop):
         return [rule(alpha) for alpha in alphas]
     if min(alphas) < 1:
         raise ValueError(f'alpha_min must be 1 for shortcut="{shortcut}", got {min(alphas)}')

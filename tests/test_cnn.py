@@ -109,6 +109,7 @@ def test_blocks_are_their_formulas_and_leave_their_input_alone(shortcut):
         "plain": lambda: keep + branch(norm(keep)),
         "decay": lambda: keep + branch(norm(keep)),
         "learned": lambda: keep + branch(norm(keep)),
+        "identity-drop": lambda: keep + branch(norm(keep)),
         "scaled-sum": lambda: 0.5**0.5 * (keep + branch(norm(keep))),
         "branch-scaled": lambda: keep + 0.5**0.5 * branch(norm(keep)),
         "post-norm": lambda: norm(keep + branch(keep.clone())),

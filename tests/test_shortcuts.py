@@ -316,6 +316,38 @@ def test_learned_factors_start_at_one_or_at_the_ramp_and_are_trained(alpha_min, 
                 for a in group["params"] if a.dim() == 0]  # fmt: skip
 
 
+def test_D20_identity_drop_is_decay_on_average_where_branches_are_linear():
+    torch.manual_seed(0)
+    alphas, n = (1.0, 0.8, 0.6, 0.4), 100_000
+    rules = [SHORTCUTS["identity-drop"](alpha) for alpha in alphas]
+    net = nn.Sequential(*(Residual(nn.Linear(3, 3), rule=rule) for rule in rules)).double()
+    x = points(1, 3)
+    with torch.no_grad():
+        out = net(x.expand(n, 3))
+        expected = net.eval()(x)
+        for block, alpha in zip(net, alphas, strict=True):
+            block.rule = SHORTCUTS["decay"](alpha)
+        torch.testing.assert_close(expected, net(x), atol=1e-15, rtol=0)
+        for block in net:
+            block.rule = SHORTCUTS["plain"]()
+        plain = net(x)
+    error = out.std(0) / n**0.5
+    assert ((out.mean(0) - expected[0]).abs() < 4 * error).all()
+    assert ((out.mean(0) - plain[0]).abs() > 20 * error).all()
+    assert len(out.unique(dim=0)) == 8  # the first factor is 1: nothing to draw
+
+
+def test_D20_identity_drop_keeps_all_of_a_sample_or_nothing():
+    vit, images = tiny(2, "identity-drop", 0.4), pictures(0).repeat(50, 1, 1, 1)
+    torch.manual_seed(1)
+    x = vit.stem(images)  # branches are silent: what is left of it is 0 or 1
+    kept = (vit(images) / x).flatten(1)
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert (kept == kept[:, :1]).all()
+    assert kept[:, 0].mean().item() == pytest.approx(0.8 * 0.6 * 0.4, abs=0.1)
+    assert torch.allclose(vit.eval()(images), 0.8 * 0.6 * 0.4 * x, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", ["scaled-sum", "branch-scaled"])
 def test_a_rule_without_factors_refuses_alpha_min(name):
     with pytest.raises(ValueError, match=f'alpha_min must be 1 for shortcut="{name}", got 0.5'):

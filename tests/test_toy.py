@@ -379,7 +379,7 @@ def test_a_masked_net_is_not_trained_as_if_it_were_whole():
         train_together([model], *spiral(50), steps=2)
 
 
-@pytest.mark.parametrize("shortcut", ["learned", "scaled-sum", "branch-scaled"])
+@pytest.mark.parametrize("shortcut", ["learned", "identity-drop", "scaled-sum", "branch-scaled"])
 def test_rules_that_joint_training_does_not_know_are_an_error(shortcut):
     odd = ResidualMLP(2, 4, shortcut=shortcut)
     assert odd(spiral(8)[0]).isfinite().all()
