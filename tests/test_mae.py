@@ -23,7 +23,13 @@ from mini_resdecay.mae import (
     standardise,
     unpatchify,
 )
-from mini_resdecay.shortcuts import alpha_schedule, decay_groups, paths
+from mini_resdecay.shortcuts import (
+    alpha_schedule,
+    decay_groups,
+    fold_gains,
+    gain_groups,
+    paths,
+)
 from mini_resdecay.vit import ViT
 
 ARCHS = ("standard", "paper", "bridge")
@@ -428,6 +434,41 @@ def test_D10_taps_can_be_scaled():
     assert torch.equal(latent, same)
     assert torch.equal(others[0], 2 * taps[0]) and torch.equal(others[1], 0.5 * taps[1])
     assert not torch.equal(scaled(pictures(), noises()).pred, mae(pictures(), noises()).pred)
+
+
+def trained(mae: MAE, groups: list) -> torch.Tensor:
+    """Losses of 60 steps of AdamW; eps is the sheet's: with a small one rounding grows."""
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4), []
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = mae(pictures(), noises(seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("arch", ["standard", "paper"])
+def test_D03_a_decayed_autoencoder_is_learning_rates_and_scaled_taps(arch):
+    alphas, rates = alpha_schedule(4, 0.6), {"lr": 1e-2, "weight_decay": 0.05}
+    decayed, *plain = (small(arch, zero_init=True, alpha_min=a) for a in (0.6, 1.0, 1.0, 1.0))
+    for mae in plain:
+        fold_gains(mae.encoder, alphas)  # which is silent: of it only the norms' epsilons change
+        mae.tap_scales = tuple(math.prod(alphas[: 2 * tap + 2]) for tap in mae.taps)
+    both, without_rates, without_taps = plain
+    without_taps.tap_scales = (1.0,) * len(mae.taps)
+    expected = trained(decayed, decay_groups(decayed, **rates))
+
+    def gap(mae, groups):
+        return (trained(mae, groups) - expected).abs().max().item()
+
+    def grouped(mae):
+        return gain_groups(mae, alphas, **rates, eps=1e-4, within=mae.encoder)
+
+    assert expected[-1] < 0.9 * expected[0]
+    assert gap(both, grouped(both)) < 1e-9
+    assert gap(without_rates, decay_groups(without_rates, **rates)) > 1e-4
+    assert arch == "standard" or gap(without_taps, grouped(without_taps)) > 1e-4
 
 
 def test_D11_decoder_of_the_paper_sees_the_encoder_through_skips_alone():
