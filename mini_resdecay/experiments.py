@@ -19,7 +19,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -50,6 +49,7 @@ from .train import (
     load_checkpoint,
     loss_step,
     make_state,
+    rows,
     seed_everything,
 )
 from .vit import Classifier, ViT
@@ -657,7 +657,11 @@ def encoder_of(recipe: MaskedRecipe, side: int, channels: int) -> ViT:
 
 
 def _reconstruct(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return state.model(to_float(batch[0]), generator=state.generator).loss
+    # Drawn for the whole batch, of which this process has its rows: see `rows`.
+    whole = len(batch[0]) * state.accelerator.num_processes
+    patches = len(state.net.get_buffer("positions")) - 1
+    noise = rows(state, torch.rand(whole, patches, generator=state.generator))
+    return state.model(to_float(batch[0]), noise).loss
 
 
 def _diagnose_masked(
@@ -717,9 +721,9 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
     if isinstance(recipe, MaskedRecipe):
         recipe = replace(recipe, precision="no")
     state, batches, step = _HOW[type(recipe)][0](recipe, seed, train, cpu=True)
-    few = [batches[i] for i in range(min(5, len(batches)))]
-    device = state.accelerator.device
-    return [float(step(state, send_to_device(batch, device))["loss"]) for batch in few]
+    state.scheduler = None  # all at the rate of the first
+    fit(state, batches, step, until=5, every=1, quiet=True)
+    return [line["loss"] for line in state.history]
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

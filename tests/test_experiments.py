@@ -28,6 +28,7 @@ REPLAYED = [
 ]
 MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
+LITTLE = ["patch=8", "dim=16", "depth=2", "heads=2", "decoder_dim=8", "decoder_depth=1"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -176,6 +177,34 @@ def test_stopped_image_run_goes_on_to_the_same_record(little_images, tmp_path, m
     assert max(seen) < 12
 
 
+def test_killed_masked_run_goes_on_from_its_checkpoint_to_the_same_record(
+    little_images, monkeypatch
+):
+    changes = ["batch=4", "epochs=5", "images=96", "measured=60", *LITTLE]
+    whole = results.read(experiments.run("mae-decay", out="whole", changes=changes))
+    real, seen = experiments._reconstruct, []
+
+    def dies_at_110(state, batch):
+        seen.append(state.step)
+        if state.step == 110:
+            raise MemoryError  # like a kill: nothing is saved any more
+        return real(state, batch)
+
+    monkeypatch.setattr(experiments, "_reconstruct", dies_at_110)
+    with pytest.raises(MemoryError):
+        experiments.run("mae-decay", out="cut", changes=changes)
+    monkeypatch.setattr(experiments, "_reconstruct", real)
+    assert not list(Path("cut").glob("*/*.json"))
+    fit, begun = experiments.fit, []
+    monkeypatch.setattr(
+        experiments, "fit", lambda state, *a, **k: begun.append(state.step) or fit(state, *a, **k)
+    )
+    again = results.read(experiments.run("mae-decay", out="cut", resume=True, changes=changes))
+    assert begun == [100, 0] and len(seen) == 111  # the run, then its first losses
+    assert again.metrics == whole.metrics  # with the hash of the encoder that is kept
+    assert (again.curve, again.first_losses) == (whole.curve, whole.first_losses)
+
+
 @pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize("arm", ["plain-half", "droppath", "two-stage", "mixture"])
 def test_every_arm_trains_and_writes_its_measures(little_images, net, arm):
@@ -200,9 +229,6 @@ def test_arms_of_the_mae_study_differ_in_one_field(tier):
     assert list(diff(arms["skips-only"], arms["decay"])) == ["alpha_min"]
     decay = arms["decay"]
     assert decay.alpha_min == pytest.approx(suggest_alpha_min(decay.depth), abs=5e-5)
-
-
-LITTLE = ["patch=8", "dim=16", "depth=2", "heads=2", "decoder_dim=8", "decoder_depth=1"]
 
 
 @pytest.mark.parametrize("arm", MASKED)
@@ -356,25 +382,31 @@ def test_report_does_not_hide_a_record_edited_by_hand(tmp_path, capsys):
 
 
 def test_two_processes_write_one_record(tmp_path, launch):
-    """Under `accelerate launch` each process sees half of a batch; the record is that of one."""
+    """Under `accelerate launch` each process sees half of a batch; the records are those of one."""
     script = tmp_path / "run.py"
     script.write_text(
         "from mini_resdecay import data, experiments\n"
         "from mini_resdecay.__main__ import main\n"
         "sets = {s: data.shapes(n, n)[0] for s, n in (('train', 96), ('test', 60))}\n"
         "experiments.load = lambda name, split, root: sets[split]\n"
-        "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60', 'widths=8', 'blocks=1']\n"
-        "raise SystemExit(main(['run', 'droppath-cifar10-cnn-two-stage', '--set', *changes]))\n"
+        "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60']\n"
+        "cnn, mae = ['widths=8', 'blocks=1'], ['precision=no', 'lr=0.01', *LITTLE]\n"
+        "for name, more in (('droppath-cifar10-cnn-two-stage', cnn), ('mae-decay', mae)):\n"
+        "    assert main(['run', name, '--set', *changes, *more]) == 0\n".replace(
+            "*LITTLE", repr(LITTLE)[1:-1]
+        )
     )
-    runs = []
+    found = []
     for folder, processes in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
         printed = launch(script, tmp_path / folder, processes)
-        assert printed.count("recorded in") == 1
-        (written,) = (tmp_path / folder / "runs").glob("*/*.json")
-        runs.append(results.read(written))
-    torch.testing.assert_close(runs[0].curve["loss"], runs[1].curve["loss"], rtol=1e-4, atol=0)
-    assert runs[0].recipe == runs[1].recipe
+        assert printed.count("recorded in") == 2
+        written = sorted((tmp_path / folder / "runs").glob("*/*.json"))
+        found.append([results.read(path) for path in written])
+    for one, two in zip(*found, strict=True):
+        assert one.recipe == two.recipe
+        torch.testing.assert_close(one.curve["loss"], two.curve["loss"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(one.first_losses, two.first_losses, rtol=1e-4, atol=0)
 
 
 def test_list_and_show_name_every_experiment(capsys):
