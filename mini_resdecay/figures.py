@@ -43,9 +43,9 @@ ARM_STYLE |= {"plain": Style(BLUE, "p", "-"), "plain-half": Style(SKY, "v", "--"
 ARM_STYLE |= {"plain-eq": Style(BLUE, "<", "-."), "droppath": Style(ORANGE, "^", "-")}
 ARM_STYLE |= {"two-stage": Style(GREEN, "D", "--"), "no-freeze": Style(PURPLE, "P", "-.")}
 ARM_STYLE |= {"mixture": Style(VERMILLION, "X", ":"), "random-freeze": Style(BLACK, "*", "-")}
-ARM_STYLE |= {"standard": Style(BLUE, "h", "-"), "skips only": Style(SKY, "d", "--")}
+ARM_STYLE |= {"standard": Style(BLUE, "h", "-"), "skips-only": Style(SKY, "d", "--")}
 ARM_STYLE |= {"decay": Style(VERMILLION, ">", "-"), "constant": Style(ORANGE, "H", "-.")}
-ARM_STYLE |= {"learnable": Style(GREEN, "8", ":")}
+ARM_STYLE |= {"learned": Style(GREEN, "8", ":")}
 # What a pass does with a part of the net: never by hue alone.
 PARTS: dict[str, dict[str, Any]] = {
     "run and updated": {"fc": "#99D8C7", "ec": GREEN, "lw": 2.4},
