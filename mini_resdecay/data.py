@@ -448,7 +448,8 @@ def shift(images: Tensor, pixels: int, generator: Generator | None = None) -> Te
     batch, _, height, width = images.shape
     if not 0 <= pixels < min(height, width):
         raise ValueError(f"pixels must be in 0…{min(height, width) - 1}, got {pixels}")
-    top, left = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator).to(images.device)
+    offsets = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator)
+    top, left = _beside(images, offsets)
     padded = F.pad(images, (pixels,) * 4)
     # All (2·pixels + 1)² shifted views of every image, as strides and not as copies.
     views = padded.unfold(2, height, 1).unfold(3, width, 1)
@@ -466,7 +467,7 @@ def crop(images: Tensor, smallest: float = 0.2, generator: Generator | None = No
         raise ValueError(f"images must be uint8, got {images.dtype}")
     if not 0 < smallest <= 1:
         raise ValueError(f"smallest must lie in (0, 1], got {smallest}")
-    area, shape, x, y = torch.rand(4, len(images), generator=generator).to(images.device)
+    area, shape, x, y = _beside(images, torch.rand(4, len(images), generator=generator))
     area, ratio = smallest + (1 - smallest) * area, (4 / 3) ** (2 * shape - 1)
     width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
     zero = torch.zeros_like(x)
@@ -479,8 +480,13 @@ def crop(images: Tensor, smallest: float = 0.2, generator: Generator | None = No
 
 def flip(images: Tensor, generator: Generator | None = None) -> Tensor:
     """Each image of [B, C, H, W] mirrored left to right with probability 1/2."""
-    chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    chosen = _beside(images, torch.rand(len(images), generator=generator)) < 0.5
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def _beside(images: Tensor, drawn: Tensor) -> Tensor:
+    """What was drawn on the CPU, where the images are; CUDA alone is safe not to be waited for."""
+    return drawn.to(images.device, non_blocking=images.is_cuda)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -791,6 +791,18 @@ def test_flip_is_an_involution_of_whole_images(seed, batch):
         assert torch.equal(result, image) or torch.equal(result, image[:, :, [4, 3, 2, 1, 0]])
 
 
+def test_augmentation_runs_where_the_images_are_and_reads_no_value():
+    """Images without values, as if on a GPU: to read one, or to mix devices, would fail."""
+    images, drawn = torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta"), generator()
+    found = (data.crop(images, generator=drawn), flip(images, drawn), shift(images, 2, drawn))
+    for out in found:
+        assert (out.device.type, out.dtype, out.shape) == ("meta", torch.uint8, images.shape)
+    with pytest.raises(RuntimeError):
+        images.max().item()
+    with pytest.raises(RuntimeError):
+        images + torch.ones(4, 3, 8, 8)
+
+
 def test_flip_mirrors_half_of_the_images():
     images = torch.from_numpy(noise(1000, 1, 2, 4))
     same = (flip(images, generator()) == images).flatten(1).all(1).float().mean()
