@@ -15,6 +15,11 @@ from accelerate import PartialState
 from . import experiments, results
 from .experiments import EXPERIMENTS, TIERS
 
+# What `report` prints of a study: of nets with a diagnosis, and of others by name.
+DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
+FEATURES = ("knn_last", "knn_best", "probe_last", "probe_best", "rank_entropy.-1", "loss")
+REPORTED = {"mae": tuple(f"trained.{metric}" for metric in FEATURES)}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in it is one line on stderr and exit status 2."""
@@ -111,7 +116,7 @@ def _report(options: argparse.Namespace) -> None:
             print(f"{experiment.study:10} {experiment.arm:32} not recorded")
             continue
         runs = results.load_runs(experiment.study, experiment.arm, options.out)
-        for metric in ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy"):
+        for metric in REPORTED.get(experiment.study, DIAGNOSED):
             try:
                 mean, sd, n = results.summary(runs, metric)
             except ValueError:  # CKA is not defined where a layer maps all inputs to one point

@@ -146,13 +146,14 @@ def index(folder: str | Path) -> str:
 
 
 def value(run: Run, metric: str) -> float:
-    """One number of `run.metrics`, by its path: "trained.rebound.cka".
+    """One number of `run.metrics`, by its path: "trained.rebound.cka"; in lists "knn.0", "knn.-1".
 
     Raises ValueError, naming what is there, for a path that leads to no number.
     """
     at: Any = run.metrics
     for key in metric.split("."):
-        inside = at if isinstance(at, dict) else {}
+        listed = {str(i): at[i] for i in range(-len(at), len(at))} if isinstance(at, list) else {}
+        inside = at if isinstance(at, dict) else listed
         at = inside[known(f"{metric!r} of {run.study}/{run.arm}", key, inside)]
     if isinstance(at, bool) or not isinstance(at, int | float):
         raise ValueError(f"metric {metric!r} must lead to a number, got {type(at).__name__}")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_resdecay import data, experiments, results
+from mini_resdecay import data, experiments, figures, results
 from mini_resdecay.__main__ import main
 from mini_resdecay.experiments import EXPERIMENTS, ImageRecipe, SpiralRecipe, diff, recipe_of
-from mini_resdecay.shortcuts import suggest_alpha_min
+from mini_resdecay.shortcuts import SHORTCUTS, suggest_alpha_min
 
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
@@ -255,6 +255,15 @@ def test_masked_autoencoder_is_recorded_with_its_encoder(little_images, arm):
     assert any(block.branch.out.weight.abs().sum() > 0 for block in vit.blocks)
 
 
+def test_probe_of_the_best_block_is_that_of_this_block_alone():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (2, 60), generator=draw)
+    layers = [torch.randn(2, 60, 4, generator=draw) + k * labels[..., None] for k in range(3)]
+    best = experiments._probe(layers, *labels)
+    assert best.source == "2" and best.accuracy > 0.5
+    assert experiments._probe(layers[-1:], *labels) == best._replace(source="0")
+
+
 def test_encoder_of_a_record_is_checked(little_images):
     changes = [change for change in little_images if change[0] != "b" and "widths" not in change]
     path = experiments.run("mae-decay", changes=[*changes, "batch=16", *LITTLE])
@@ -448,6 +457,26 @@ def test_report_prints_what_is_recorded(tmp_path, capsys):
     assert f"{mean:.4f}" in line
     assert line.split()[-1] == "2"
     assert any("tanh" in text and "not recorded" in text for text in lines)
+
+
+def test_report_of_masked_nets_is_about_their_features(little_images, capsys):
+    run = results.read(experiments.run("mae-decay", changes=["batch=32", "images=96", *LITTLE]))
+    capsys.readouterr()
+    assert main(["report", "--out", "runs"]) == 0
+    lines = [text.split() for text in capsys.readouterr().out.splitlines() if " decay " in text]
+    told = {name: float(mean) for _, _, name, mean, _, _ in lines}
+    after = run.metrics["trained"]
+    expected = {f"trained.{k}": after[k] for k in ("knn_last", "probe_last", "loss")}
+    expected["trained.rank_entropy.-1"] = after["rank_entropy"][-1]
+    assert {name: told[name] for name in expected} == pytest.approx(expected, abs=5e-5)
+    assert "trained.accuracy" not in told
+
+
+def test_arms_have_looks_of_their_own_under_the_names_of_the_studies():
+    arms = {one.arm for one in EXPERIMENTS.values() if one.study == "mae"}
+    arms |= {*experiments.ARMS, *experiments.PLAIN}
+    assert arms <= figures.ARM_STYLE.keys()
+    assert "learned" in figures.ARM_STYLE.keys() & SHORTCUTS.keys()
 
 
 # ---- the records of the book -----------------------------------------------------------------

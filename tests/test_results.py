@@ -356,6 +356,10 @@ def with_metric(values: list[float], arm: str = "plain", first: int = 0) -> list
 def test_value_follows_a_path() -> None:
     assert value(RUN, "trained.rebound.cka") == 0.5
     assert value(RUN, "n") == 3.0
+    by_layer = changed(metrics={"knn": [0.25, 0.5, 0.75]})
+    assert [value(by_layer, f"knn.{i}") for i in (0, 2, -1)] == [0.25, 0.75, 0.75]
+    with pytest.raises(ValueError, match='must be one of -3, -2, -1, 0, 1, 2, got "3"'):
+        value(by_layer, "knn.3")
     with pytest.raises(
         ValueError, match="'trained.rebound.cos' .* must be one of cka, got \"cos\""
     ):
