@@ -390,6 +390,7 @@ def test_report_does_not_hide_a_record_edited_by_hand(tmp_path, capsys):
     assert "edited" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_record(tmp_path, launch):
     """Under `accelerate launch` each process sees half of a batch; the records are those of one."""
     script = tmp_path / "run.py"
