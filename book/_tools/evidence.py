@@ -170,6 +170,7 @@ CELLS = (
     ("CIFAR-10, CNN", "cifar10-cnn"),
     ("CIFAR-10, ViT", "cifar10-vit"),
 )
+FEW = "Fashion-MNIST, CNN, 500 images"
 PLAIN = ("", "-plain-half", "-plain-eq")
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 REBOUND, HALF = "trained.rebound.cka", "trained.half"
@@ -184,6 +185,14 @@ def learned(
     kind, colon, path = metric.rpartition(":")
     after, before = (f"{kind}{colon}{part}.{path}" for part in ("trained", "init"))
     return Comparison(label, study, arm, arm, after, sign, before, digits=digits)
+
+
+def images(
+    label: str, cell: str, arm: str, control: str, metric: str, end: str = "", decides: bool = True
+) -> Comparison:
+    """Two arms of a cell of the study `droppath`; `end` names another drop rate or size."""
+    arms = f"{cell}-{arm}{end}", f"{cell}-{control}{end}"
+    return Comparison(label, "droppath", *arms, metric, decides=decides)
 
 
 def masked(
@@ -285,26 +294,31 @@ RESIDUAL_DROPPATH = (
         "abstract",
         "stated",
         "toy: `plain-half`, with 500 updates a block against about 800; beside it `plain`, with as "
-        "many steps. Images: `plain-eq`, of about equal compute",
+        "many steps. Images: `plain-eq`, of about equal compute, where no other is named",
         tuple(
             Comparison(f"{title}, {name}", "spiral", f"{act}-droppath", f"{act}-plain-half", m, s)
             for title, act in TOY
             for name, m, s in (
                 ("accuracy with half of the blocks", HALF, 1),
-                ("loss by skipping a block, mean", SKIP, -1),
-                ("loss by skipping a block, worst", WORST, -1),
+                ("accuracy lost without a block, mean", SKIP, -1),
+                ("accuracy lost without a block, worst", WORST, -1),
                 ("rebound of CKA", REBOUND, -1),
             )
         )
         + tuple(
-            Comparison(
-                f"{title}, half of the paths",
+            images(f"{title}, half of the paths", cell, "droppath", "plain-eq", HALF)
+            for title, cell in CELLS
+        )
+        + (images(f"{FEW}, half of the paths", CELLS[0][1], "droppath", "plain-eq", HALF, "-few"),)
+        + tuple(
+            images(
+                f"{title}, half of the paths, against `plain-half`",
+                cell,
                 "droppath",
-                f"{cell}-droppath",
-                f"{cell}-plain-eq",
+                "plain-half",
                 HALF,
             )
-            for title, cell in CELLS
+            for title, cell in CELLS[:2]
         )
         + tuple(
             Comparison(
@@ -317,7 +331,6 @@ RESIDUAL_DROPPATH = (
             )
             for title, act in TOY
         ),
-        needs="`plain-half` on images, which shares the number of updates",
         note="Robustness to missing blocks is what reuse would predict. It is also what small or "
         "interchangeable blocks would predict.",
         chapters=(4,),
@@ -331,26 +344,33 @@ RESIDUAL_DROPPATH = (
         "abstract",
         "stated",
         "`mixture`: the same drops and as many updates a block, nothing frozen. Beside it: "
-        "`random-freeze`, without the link between dropped and trained; `droppath`, without a "
-        "second stage, at about equal compute",
+        "`random-freeze`, without the link between dropped and trained; `no-freeze`, with more "
+        "updates; `droppath`, without a second stage, with about equal compute and more updates. "
+        "The drop rate is 0.2 where no other is named",
         tuple(
             Comparison(f"{title}, {name}", "spiral", f"{act}-two-stage", f"{act}-mixture", m, s)
             for title, act in TOY
             for name, m, s in (
                 ("accuracy with half of the blocks", HALF, 1),
-                ("loss by skipping a block, mean", SKIP, -1),
+                ("accuracy lost without a block, mean", SKIP, -1),
                 ("rebound of CKA", REBOUND, -1),
             )
         )
         + tuple(
-            Comparison(
-                f"{title}, half of the paths",
-                "droppath",
-                f"{cell}-two-stage",
-                f"{cell}-mixture",
-                HALF,
-            )
+            images(f"{title}, half of the paths", cell, "two-stage", "mixture", HALF)
             for title, cell in CELLS
+        )
+        + tuple(
+            images(
+                f"{title}, drop rate {rate / 100}, half of the paths",
+                cell,
+                "two-stage",
+                "mixture",
+                HALF,
+                f"-p{rate}",
+            )
+            for rate in (10, 50)
+            for title, cell in CELLS[:2]
         )
         + tuple(
             Comparison(
@@ -363,8 +383,19 @@ RESIDUAL_DROPPATH = (
             )
             for arm in ("random-freeze", "droppath")
             for title, act in TOY
+        )
+        + tuple(
+            images(
+                f"{title}, half of the paths, against `{arm}`",
+                cell,
+                "two-stage",
+                arm,
+                HALF,
+                decides=False,
+            )
+            for arm in ("random-freeze", "no-freeze")
+            for title, cell in CELLS[:2]
         ),
-        needs="drop rates other than 0.2; `random-freeze` and `no-freeze` on images",
         note="For SGD the mixture moves blocks in the same direction on average, to first order "
         "(E6). What freezing adds is of second order.",
         chapters=(4,),
@@ -378,34 +409,37 @@ RESIDUAL_DROPPATH = (
         "abstract",
         "stated",
         "`plain-eq`: plain training of equal compute. Beside it: `mixture`, the same without "
-        "freezing",
+        "freezing; `plain`, with as many batches. *500 images*: seen ten times as often, so that "
+        "plain nets overfit",
         tuple(
-            Comparison(
-                f"{title}, accuracy",
-                "droppath",
-                f"{cell}-two-stage{few}",
-                f"{cell}-plain-eq{few}",
-                ACCURACY,
-            )
-            for (title, cell), few in (
-                *((cell, "") for cell in CELLS),
-                (("Fashion-MNIST, CNN, 500 images", CELLS[0][1]), "-few"),
-            )
+            images(f"{title}, accuracy", cell, "two-stage", "plain-eq", ACCURACY)
+            for title, cell in CELLS
         )
+        + (images(f"{FEW}, accuracy", CELLS[0][1], "two-stage", "plain-eq", ACCURACY, "-few"),)
         + tuple(
-            Comparison(
-                f"{title}, against `mixture`",
-                "droppath",
-                f"{cell}-two-stage",
-                f"{cell}-mixture",
-                ACCURACY,
-                decides=False,
+            images(
+                f"{title}, against `mixture`", cell, "two-stage", "mixture", ACCURACY, decides=False
             )
             for title, cell in CELLS
+        )
+        + (
+            images(
+                f"{FEW}, against `mixture`",
+                CELLS[0][1],
+                "two-stage",
+                "mixture",
+                ACCURACY,
+                "-few",
+                decides=False,
+            ),
+        )
+        + tuple(
+            images(f"{title}, against `plain`", cell, "two-stage", "plain", ACCURACY, decides=False)
+            for title, cell in CELLS[:2]
         ),
         rule="any",
         fixed="droppath-cifar10-cnn-two-stage",
-        needs="longer runs, and images so few that plain nets overfit",
+        needs="longer runs",
         note="Our cells are few and all short. Certain cases that are not among them stay open.",
         chapters=(4,),
         figures=("fig-04-images",),
@@ -426,7 +460,7 @@ RESIDUAL_DROPPATH = (
         ),
         note="This is the second half of the claim. Gradients by layer are measured live in "
         "chapter 1, where they vanish in the plain net alone. There the *plain* net trains as well "
-        "if its weights are drawn by He's rule: at another initialisation the claim is another one.",
+        "if its weights are drawn by He's rule: at another start the claim is another.",
         chapters=(1,),
         figures=("fig-gradient", "fig-control"),
     ),
@@ -634,7 +668,7 @@ DECAYED = (
         "tables",
         "second hand",
         "a U-shaped transformer with factors of 1; √½; a tuned learning rate",
-        needs="the study; the U-shaped net is not in the library yet",
+        needs="the study",
         chapters=(11, 12),
     ),
     Claim(
@@ -930,14 +964,15 @@ def plain(value: float, digits: int) -> str:
 
 def table_row(one: Line) -> str:
     """One comparison: means of control and arm, difference, reading and seeds."""
-    d, label = one.what.digits, one.what.label + ("" if one.what.decides else " *(beside)*")
+    d, label = one.what.digits, f"{one.what.label}\u00a0{'↑' if one.what.sign > 0 else '↓'}"
+    label += "" if one.what.decides else " *(beside)*"
     means = gap = "–"
     if one.means and isinstance(one.what, Comparison):
-        means = f"{plain(one.means[1], d)} → {plain(one.means[0], d)}"
+        means = f"{plain(one.means[1], d)} →\u00a0{plain(one.means[0], d)}"
     if one.gap and one.gap.half_width < 1e-9:
         gap = f"{signed(one.gap.mean, d)} in every seed"
     elif one.gap:
-        gap = f"{signed(one.gap.mean, d)} ± {plain(one.gap.half_width, d)} "
+        gap = f"{signed(one.gap.mean, d)} ±\u00a0{plain(one.gap.half_width, d)} "
         gap += f"({plain(one.gap.smallest_effect, d)})"
     return f"| {label} | {means} | {gap} | {one.reading}, {one.seeds}/{one.planned} |"
 
@@ -970,9 +1005,9 @@ def rule_of(claim: Claim) -> str:
     return text
 
 
-def definitions(entries: Mapping[str, str]) -> str:
-    """A definition list of all entries that are not empty."""
-    return "\n\n".join(f"{name}\n: {text}" for name, text in entries.items() if text)
+def listed(entries: Mapping[str, str]) -> str:
+    """A list of all entries that are not empty, each with its name."""
+    return "\n".join(f"- **{name}**: {text}" for name, text in entries.items() if text)
 
 
 def sentence(text: str) -> str:
@@ -984,12 +1019,12 @@ def claim_row(claim: Claim, lines: Sequence[Line], paper: str) -> str:
     """A section of the page."""
     head = f"(claim-{claim.number.lower()})=\n### {claim.number} {claim.title}\n"
     told = verdict(claim, lines)
-    about = definitions(
+    about = listed(
         {
             "Verdict": f"**{told}**{so_far(claim, lines)}{count(claim, lines)}",
             "Claim": claim.claim,
             "Source": f"{{cite:t}}`{paper}`, {claim.source}: {MARKS[claim.mark]}.",
-            "Controls": sentence(claim.controls),
+            "Controls": linked(sentence(claim.controls)),
             "Rule": sentence(rule_of(claim)) if lines else "",
         }
     )
@@ -1000,10 +1035,10 @@ def claim_row(claim: Claim, lines: Sequence[Line], paper: str) -> str:
     where += "".join(f", {{numref}}`{name}`" for name in claim.figures)
     studies = sorted({one.what.study for one in lines if one.seeds})
     links = (f"[`{s}`]({REPO}/tree/v{__version__}/book/results/{s})" for s in studies)
-    rest = definitions(
+    rest = listed(
         {
             "Still to run": sentence(claim.needs),
-            "Note": claim.note,
+            "Note": linked(claim.note),
             "Where": where,
             "Records": ", ".join(links),
         }
@@ -1015,7 +1050,7 @@ def exact_row(one: Exact) -> str:
     """A section of what is exact: the tests and the place in the book."""
     file, _, _ = one.tests[0].partition("::")
     links = [f"[`{name.split('::')[1]}`]({REPO}/blob/v{__version__}/{file})" for name in one.tests]
-    about = definitions(
+    about = listed(
         {
             "Statement": one.claim,
             "Tests": ", ".join(links),
@@ -1029,6 +1064,11 @@ def exact_row(one: Exact) -> str:
 def reference(number: str, text: str = "") -> str:
     """A link to a row of this page."""
     return f"{{ref}}`{text or number} <claim-{number.lower()}>`"
+
+
+def linked(text: str) -> str:
+    """Rows that a text names become links."""
+    return re.sub(r"\b[ABE]\d+\b", lambda found: reference(found[0]), text)
 
 
 def overview(rows: Sequence[tuple[Claim, Sequence[Line]]]) -> str:
@@ -1056,7 +1096,7 @@ def studies(runs: Runs) -> str:
         ]
         told = f"{len(there)} of {total} runs"
         hours = f"{sum(run.seconds for run in there) / 3600:.1f}"
-        table.append(f"| `{study}` | {told} | {'; '.join(filter(None, what)) or '–'} | {hours} |")
+        table.append(f"| {study} | {told} | {'; '.join(filter(None, what)) or '–'} | {hours} |")
     return "\n".join(table)
 
 
@@ -1075,10 +1115,12 @@ def page(root: Path) -> str:
     )
     words = {title: [verdict(*row) for row in mine] for title, _, mine in papers}
     text = HEAD.format(
-        tallies="; ".join(f"{title}: {tally(one)}" for title, one in words.items()),
+        tallies="; ".join(
+            f"{title}, {len(one)} claims: {tally(one)}" for title, one in words.items()
+        ),
         claims=len(CLAIMS),
         intervals=sum(one.gap is not None for _, lines in rows for one in lines),
-        verdicts=definitions({f"*{word}*": text for word, text in VERDICTS.items()}),
+        verdicts=listed(VERDICTS),
         overview=overview(rows),
     )
     for title, cite, mine in papers:
@@ -1096,7 +1138,7 @@ def left(runs: Runs) -> str:
     tiers = {run.study: run.recipe["tier"] for one in runs.values() for run in one.values()}
     return "".join(
         f"# {n} left of {study}\npython -m mini_resdecay run {study}-study "
-        f"--tier {tiers.get(study, 't4')} --resume --out book/results\n"
+        f"--tier {tiers.get(study, 't4')} \\\n    --resume --out book/results\n"
         for study, n in missing.items()
         if n
     )
@@ -1121,9 +1163,9 @@ second hand is marked so.
 
 ## How to read a row
 
-- **Compared**: the measure, and the control if the row has more than one. Both sides share data,
-  seeds and evaluation; where they differ in length, the controls say so. *(beside)* marks what does
-  not decide.
+- **Compared**: the measure, and the control if the row has more than one; the arrow is the claimed
+  direction. Both sides share data, seeds and evaluation; where they differ in length, the controls
+  say so. *(beside)* marks what does not decide.
 - **Means**: control → {{term}}`arm`, over seeds.
 - **Difference**: arm minus control, paired by seed ({{term}}`paired difference`), ± half of the
   95 % interval; in brackets the {{term}}`smallest visible effect` of so many seeds. For

@@ -51,7 +51,7 @@ def test_every_row_says_what_a_reader_must_know() -> None:
             names |= {"Controls", "Rule", "Where"}
         elif number[0] != "E":
             names |= {"Still to run"}
-        assert names <= set(re.findall(r"^(.+)\n: ", text, re.MULTILINE)), number
+        assert names <= set(re.findall(r"^- \*\*(.+?)\*\*: ", text, re.MULTILINE)), number
 
 
 def test_no_number_of_a_paper_comes_at_second_hand() -> None:
@@ -65,6 +65,11 @@ def test_no_number_of_a_paper_comes_at_second_hand() -> None:
 def test_what_is_compared_are_arms_of_one_study_that_exist(what) -> None:
     assert {f"{what.study}-{arm}" for arm in what.arms} <= EXPERIMENTS.keys()
     assert evidence.planned(what) >= 3
+
+
+def test_every_arm_of_every_study_is_compared_somewhere() -> None:
+    used = {f"{what.study}-{arm}" for what in COMPARED for arm in what.arms}
+    assert EXPERIMENTS.keys() - used == set(), "a new arm needs a comparison in its claim"
 
 
 def test_studies_fix_the_rules_that_rows_quote() -> None:
@@ -128,7 +133,7 @@ def rows_of(root: Path, arms: dict[str, list[float]], **more: float) -> dict[str
 
 
 def told(row: str) -> str:
-    return re.search(r"^Verdict\n: (.*)$", row, re.MULTILINE)[1]
+    return re.search(r"^- \*\*Verdict\*\*: (.*)$", row, re.MULTILINE)[1]
 
 
 BASE = {"standard": [0.40, 0.41, 0.42], "skips-only": [0.41, 0.42, 0.43]}
@@ -162,7 +167,8 @@ def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> N
     arms = {"standard": [0.40, 0.41, 0.42], "skips-only": [0.42, 0.44, 0.46]}
     row = rows_of(tmp_path, arms)["B5"]
     half = 4.3027 * 0.01 / math.sqrt(3)
-    assert f"| kNN, last block | 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | shown, 3/3 |" in row
+    line = f"| kNN, last block ↑ | 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | shown, 3/3 |"
+    assert line in row.replace("\u00a0", " ")
     assert told(row) == "**shown** (1 of 1 comparisons shown)"
 
 
@@ -172,9 +178,9 @@ def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
     assert told(rows["B5"]) == "**shown**, so far (1 of 1 comparisons shown)"
     assert "| +0.050 in every seed | shown, 2/3 |" in rows["B5"]
     assert told(rows["B1"]) == "**not yet run**"
-    assert "| 0.400 → 0.500 | – | not yet run, 1/3 |" in rows["B1"]
+    assert "| 0.400 →\u00a00.500 | – | not yet run, 1/3 |" in rows["B1"]
     page = evidence.page(tmp_path)
-    assert "| `mae` | 6 of 9 runs |" in page
+    assert "| mae | 6 of 9 runs |" in page
     assert "run mae-study --tier t4" in page
 
 
@@ -194,7 +200,7 @@ def test_rank_is_linked_with_accuracy_over_arms(tmp_path: Path) -> None:
         for seed in range(3):
             results.write(a_run(arm, seed, 0.4 + 0.1 * place, rank=rank + 0.01 * seed), tmp_path)
     row = sections(evidence.page(tmp_path))["B7"]
-    assert "| rank with kNN, last block | – | −1.00 in every seed | shown, 3/3 |" in row
+    assert "| rank with kNN, last block\u00a0↓ | – | −1.00 in every seed | shown, 3/3 |" in row
     assert told(row) == "**shown**, so far (3 of 3 comparisons shown)"
 
 
