@@ -974,7 +974,8 @@ def table_row(one: Line) -> str:
     elif one.gap:
         gap = f"{signed(one.gap.mean, d)} ±\u00a0{plain(one.gap.half_width, d)} "
         gap += f"({plain(one.gap.smallest_effect, d)})"
-    return f"| {label} | {means} | {gap} | {one.reading}, {one.seeds}/{one.planned} |"
+    reading = "too few" if one.seeds == 1 else one.reading
+    return f"| {label} | {means} | {gap} | {reading}, {one.seeds}/{one.planned} |"
 
 
 def so_far(claim: Claim, lines: Sequence[Line]) -> str:
@@ -1052,6 +1053,7 @@ def exact_row(one: Exact) -> str:
     links = [f"[`{name.split('::')[1]}`]({REPO}/blob/v{__version__}/{file})" for name in one.tests]
     about = listed(
         {
+            "Verdict": f"**{HELD}**",
             "Statement": one.claim,
             "Tests": ", ".join(links),
             "Bears on": ", ".join(reference(number) for number in one.about.split(", ")),
@@ -1171,6 +1173,10 @@ second hand is marked so.
   95 % interval; in brackets the {{term}}`smallest visible effect` of so many seeds. For
   correlations the mean {{term}}`Spearman's rank correlation`.
 - **Reading**: what this comparison shows, and the seeds recorded of those planned.
+
+A rule that is quoted as fixed stood in the code before the runs. The other rules were put into this
+form for this page: those of the first paper after its runs were known, those of the second before
+its runs were read.
 
 One interval in twenty excludes 0 by chance, and there are {intervals} on this page. Trust a
 pattern before a single line.

@@ -178,7 +178,7 @@ def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
     assert told(rows["B5"]) == "**shown**, so far (1 of 1 comparisons shown)"
     assert "| +0.050 in every seed | shown, 2/3 |" in rows["B5"]
     assert told(rows["B1"]) == "**not yet run**"
-    assert "| 0.400 →\u00a00.500 | – | not yet run, 1/3 |" in rows["B1"]
+    assert "| 0.400 →\u00a00.500 | – | too few, 1/3 |" in rows["B1"]
     page = evidence.page(tmp_path)
     assert "| mae | 6 of 9 runs |" in page
     assert "run mae-study --tier t4" in page
