@@ -222,8 +222,9 @@ def guided(
 
 
 def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
+    # In float32 where the generator is: the same numbers for every type and device.
     place = generator.device if generator else like.device
-    return torch.randn(*shape, generator=generator, device=place, dtype=like.dtype).to(like.device)
+    return torch.randn(*shape, generator=generator, device=place, dtype=torch.float32).to(like)
 
 
 def _known(argument: str, value: str, allowed: Collection[str]) -> str:
