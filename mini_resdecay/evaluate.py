@@ -24,7 +24,7 @@ Cloud = Tensor | tuple[Tensor, Tensor]
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-2)
-BATCH, QUERIES, GROUP = 1024, 256, 32  # rows a step, queries at a time, neighbours a group
+BATCH, QUERIES, GROUP = 1024, 256, 32  # rows a step, rows at a time, neighbours a group
 
 
 def feature_sources(layers: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -262,8 +262,8 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         if not count:
             origin = x.double().mean(0)
             total, products = torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))
-        for rows in x.split(BATCH):
-            off = rows.double() - origin
+        for rows in x.split(QUERIES):  # so few stay in the cache
+            off = rows - origin
             total += off.sum(0)
             products.addmm_(off.T, off)
         count += len(x)
