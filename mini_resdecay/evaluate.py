@@ -258,7 +258,7 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     origin = total = products = torch.zeros(())
     for x in batches:
         if x.dim() != 2 or not len(x) or x.shape[1:] != (total.shape or x.shape[1:]):
-            raise ValueError(f"batches must be features [n, d] of one width, got {list(x.shape)}")
+            raise ValueError(f"features must be [n, d] of one width, got {list(x.shape)}")
         if not count:
             origin = x.double().mean(0)
             total, products = torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))

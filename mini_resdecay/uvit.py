@@ -42,7 +42,7 @@ class Tokens(nn.Module):
         if classes is not None and classes < 1:
             raise ValueError(f"classes must be None or at least 1, got {classes}")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
-        self.classes, self.extra = classes, 1 + bool(classes)
+        self.classes, self.extra = classes or 0, 1 + bool(classes)
         self.embed = nn.Linear(channels * patch_size**2, dim)
         self.label = nn.Embedding(classes + 1, dim) if classes else None
         tokens = self.extra + (image_size // patch_size) ** 2
@@ -67,7 +67,7 @@ class Tokens(nn.Module):
         # On a GPU to look at the values would be to wait for them.
         inside = y.is_cuda or not ((y < -1) | (y >= self.classes)).any()
         if y.shape != (rows,) or y.dtype != torch.int64 or not inside:
-            wanted = f"int64 [{rows}] in 0…{self.label.num_embeddings - 2}, or -1 for no class"
+            wanted = f"int64 [{rows}] in 0…{self.classes - 1}, or -1 for no class"
             raise ValueError(f"y must be {wanted}, got {y.dtype} {list(y.shape)}: {y[:8].tolist()}")
         return y
 
