@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -27,6 +27,8 @@ from mini_resdecay.results import Interval, Run
 BOOK = Path(__file__).resolve().parents[1]
 SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "the opposite"
 PARTLY, MIXED, NOT_RUN, HELD = "partly shown", "mixed", "not yet run", "exact"
+FEW_ARMS = "too few arms"  # for a correlation
+UNREAD = (NOT_RUN, FEW_ARMS)
 Runs = Mapping[tuple[str, str], Mapping[int, Run]]  # study and arm, then seed
 
 
@@ -68,7 +70,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Link:
-    """Spearman's rank correlation of two metrics over arms, one a seed; compared with 0."""
+    """Spearman's rank correlation of two metrics over arms, one a seed; compared with 0.
+
+    Fewer than six arms are not read.
+    """
 
     label: str
     study: str
@@ -94,6 +99,7 @@ class Claim:
 
     `rule`: "every" comparison decides, "any" is enough, or "study", the rule of `fixed`, an
     experiment whose rule was in the code before its runs. `needs`: what is still to be run.
+    `where`: chapters, behind each its figures: "5 fig-05-rates; 9".
     """
 
     number: str
@@ -107,8 +113,7 @@ class Claim:
     fixed: str = ""
     needs: str = ""
     note: str = ""
-    chapters: tuple[int, ...] = ()
-    figures: tuple[str, ...] = ()
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,15 +152,17 @@ RULES = {
     "every": "by the 95 % interval of each comparison; *shown* if all lie on the claimed side",
     "any": "by the 95 % interval of each comparison; *shown* if at least one lies on the claimed "
     "side, since the claim is about certain cases; some that point the other way do not refute it",
-    "study": "that of the study, for each comparison that decides",
+    "study": "for lines marked *(rule)* that of the study, which says when a claim holds; *the "
+    "opposite* is our mirror image of it. For lines marked *(interval)* the 95 % interval",
 }
 VERDICTS = {
     SHOWN: "by its rule the claim holds here, in every comparison that decides (where the claim is "
     "about certain cases: in one)",
     PARTLY: "some comparisons show it, the others show nothing",
     MIXED: "some comparisons show it, and some show the opposite",
-    NOT_SHOWN: "no comparison shows it; an effect below the smallest visible one may be there",
-    OPPOSITE: "the comparisons that decide point the other way",
+    NOT_SHOWN: "no comparison that decides shows it; some may point the other way (all of them, "
+    "where the claim is about certain cases). An effect too small for so few seeds may be there",
+    OPPOSITE: "all comparisons that decide point the other way",
     NOT_RUN: "fewer than two seeds are recorded, or no run was made",
     HELD: "a statement that follows from the definitions, held by a test",
 }
@@ -163,43 +170,83 @@ VERDICTS = {
 
 # ---- the claims ----
 
-TOY = (("ReLU", "relu"), ("tanh", "tanh"))
-CELLS = (
-    ("Fashion-MNIST, CNN", "fashion-mnist-cnn"),
-    ("Fashion-MNIST, ViT", "fashion-mnist-vit"),
-    ("CIFAR-10, CNN", "cifar10-cnn"),
-    ("CIFAR-10, ViT", "cifar10-vit"),
+# Nets: what a label says, the study, and the name of its arms.
+TOY = (("ReLU", "spiral", "relu-{}"), ("tanh", "spiral", "tanh-{}"))
+SMALL = (("ReLU, depth 6", "spiral", "small"),)
+REUSE = (("Fashion-MNIST, CNN", "reuse", "fashion-mnist"), ("CIFAR-10, CNN", "reuse", "cifar10"))
+FASHION = (
+    ("Fashion-MNIST, CNN", "droppath", "fashion-mnist-cnn-{}"),
+    ("Fashion-MNIST, ViT", "droppath", "fashion-mnist-vit-{}"),
 )
-FEW = "Fashion-MNIST, CNN, 500 images"
-PLAIN = ("", "-plain-half", "-plain-eq")
+CIFAR = (
+    ("CIFAR-10, CNN", "droppath", "cifar10-cnn-{}"),
+    ("CIFAR-10, ViT", "droppath", "cifar10-vit-{}"),
+)
+FEW = (("Fashion-MNIST, CNN, 500 images", "droppath", "fashion-mnist-cnn-{}-few"),)
+RATES = tuple(
+    (f"{title}, drop rate {rate / 100}", study, f"{net}-p{rate}")
+    for rate in (10, 50)
+    for title, study, net in FASHION
+)
+MASKED = (("", "mae", "{}"),)
+# Measures: name, path, and the claimed direction.
+HALF_BLOCKS = ("accuracy with half of the blocks", "trained.half", 1)
+HALF_PATHS = ("half of the paths", "trained.half", 1)
+SKIP = ("accuracy lost without a block, mean", "mean:trained.skip", -1)
+WORST = ("accuracy lost without a block, worst", "max:trained.skip", -1)
+REBOUND = ("rebound of CKA", "trained.rebound.cka", -1)
+FALL = ("fall of the probe", "fall:trained.probe", 1)
+ACCURACY = ("accuracy", "trained.accuracy", 1)
+KNN = ("kNN, last block", "trained.knn_last", 1)
+READERS = (
+    ("kNN, best block", "trained.knn_best", 1),
+    ("probe, last block", "trained.probe_last", 1),
+    ("probe, best block", "trained.probe_best", 1),
+)
+LOSS = ("masked loss", "trained.loss", -1)
+RANK = ("rank entropy", "last:trained.rank_entropy", -1)
+CENTRED = ("rank entropy, centred", "last:trained.rank_entropy_centred", -1)
+# Arms.
+BOTH = ("standard", "skips-only")
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
-REBOUND, HALF = "trained.rebound.cka", "trained.half"
-SKIP, WORST = "mean:trained.skip", "max:trained.skip"
-ACCURACY, RANK = "trained.accuracy", "last:trained.rank_entropy"
+
+
+def rows(
+    nets: Sequence[tuple[str, str, str]],
+    arm: str,
+    controls: Sequence[str],
+    *measures: tuple[str, str, int],
+    against: bool = False,
+    decides: bool = True,
+) -> tuple[Comparison, ...]:
+    """An arm minus each control, in every net and measure; `against`: labels name the control.
+
+    An arm "" is the plain one, whose name is the net's.
+    """
+    return tuple(
+        Comparison(
+            f"{title}, {name}".removeprefix(", ") + f", against `{c or 'plain'}`" * against,
+            study,
+            net.format(arm).strip("-"),
+            net.format(c).strip("-"),
+            metric,
+            sign,
+            decides=decides,
+        )
+        for c in controls
+        for title, study, net in nets
+        for name, metric, sign in measures
+    )
 
 
 def learned(
-    label: str, study: str, arm: str, metric: str, sign: int = 1, digits: int = 3
-) -> Comparison:
+    nets: Sequence[tuple[str, str, str]], *measures: tuple[str, str, int], digits: int = 3
+) -> tuple[Comparison, ...]:
     """The trained net minus itself untrained."""
-    kind, colon, path = metric.rpartition(":")
-    after, before = (f"{kind}{colon}{part}.{path}" for part in ("trained", "init"))
-    return Comparison(label, study, arm, arm, after, sign, before, digits=digits)
-
-
-def images(
-    label: str, cell: str, arm: str, control: str, metric: str, end: str = "", decides: bool = True
-) -> Comparison:
-    """Two arms of a cell of the study `droppath`; `end` names another drop rate or size."""
-    arms = f"{cell}-{arm}{end}", f"{cell}-{control}{end}"
-    return Comparison(label, "droppath", *arms, metric, decides=decides)
-
-
-def masked(
-    label: str, arm: str, control: str, metric: str, sign: int = 1, decides: bool = False
-) -> Comparison:
-    """Two masked autoencoders; unless it decides, it stands beside."""
-    return Comparison(label, "mae", arm, control, metric, sign, decides=decides)
+    return tuple(
+        replace(row, before=row.metric.replace("trained", "init"), digits=digits)
+        for row in rows(nets, "", ("",), *measures)
+    )
 
 
 RESIDUAL_DROPPATH = (
@@ -212,25 +259,18 @@ RESIDUAL_DROPPATH = (
         "stated",
         "the same net untrained; two activations; four measures; a small CNN on real images",
         (
-            *(
-                learned(f"{title}, {name}", "spiral", act, f"rebound.{key}")
-                for title, act in TOY
-                for name, key in (
-                    ("CKA", "cka"),
-                    ("centred cosine", "centred_cosine"),
-                    ("cosine", "cosine"),
-                )
+            *learned(
+                TOY,
+                ("rebound of CKA", "trained.rebound.cka", 1),
+                ("rebound of centred cosine", "trained.rebound.centred_cosine", 1),
+                ("rebound of cosine", "trained.rebound.cosine", 1),
             ),
-            *(
-                learned(f"{title}, CNN, debiased CKA", "reuse", data, "rebound.debiased_cka")
-                for title, data in (("Fashion-MNIST", "fashion-mnist"), ("CIFAR-10", "cifar10"))
-            ),
+            *learned(REUSE, ("rebound of debiased CKA", "trained.rebound.debiased_cka", 1)),
         ),
         needs="trained nets of another width (untrained ones are in chapter 3)",
         note="Much of what the picture shows is there before training: in raw cosine, and in CKA "
         "for tanh. The rise in CKA of ReLU nets is not, and why it comes is open.",
-        chapters=(3,),
-        figures=("fig-03-maps", "fig-03-images"),
+        where="3 fig-03-maps fig-03-images",
     ),
     Claim(
         "A2",
@@ -240,18 +280,15 @@ RESIDUAL_DROPPATH = (
         "stated",
         "the same nets untrained; a strict count, in which the same points must come back too; "
         "two activations, two depths",
-        tuple(
-            learned(f"{title}, {name}", "spiral", arm, metric, digits=1)
-            for title, arm in (*TOY, ("ReLU, depth 6", "small"))
-            for name, metric in (
-                ("returning nodes", "returning"),
-                ("strict count", "returning_paired"),
-            )
+        learned(
+            TOY + SMALL,
+            ("returning nodes", "trained.returning", 1),
+            ("strict count", "trained.returning_paired", 1),
+            digits=1,
         ),
         note="A histogram that returns is not a feature that returns: shuffling the points keeps "
         "every plain count and removes every strict one.",
-        chapters=(2,),
-        figures=("fig-02-counts",),
+        where="2 fig-02-counts",
     ),
     Claim(
         "A3",
@@ -262,30 +299,21 @@ RESIDUAL_DROPPATH = (
         "the same nets untrained; for the correlation all eight arms of the toy. *Fall* is the "
         "most that the accuracy of a linear probe loses on the way through the layers",
         (
-            *(
-                learned(f"{title}, fall of the probe", study, arm, "fall:probe")
-                for title, study, arm in (
-                    ("ReLU", "spiral", "relu"),
-                    ("tanh", "spiral", "tanh"),
-                    ("Fashion-MNIST, CNN", "reuse", "fashion-mnist"),
-                    ("CIFAR-10, CNN", "reuse", "cifar10"),
-                )
-            ),
+            *learned(TOY + REUSE, FALL),
             *(
                 Link(
-                    f"{title}, rebound with fall",
+                    f"{act}, rebound with fall",
                     "spiral",
-                    tuple(act + end for end in (*PLAIN, *DROPPING)),
-                    REBOUND,
-                    "fall:trained.probe",
+                    tuple(act.lower() + arm for arm in ("", "-plain-half", "-plain-eq", *DROPPING)),
+                    REBOUND[1],
+                    FALL[1],
                 )
-                for title, act in TOY
+                for act in ("ReLU", "tanh")
             ),
         ),
         needs="ten seeds, which the plan of this claim asks for",
         note="A probe reads labels. What else is lost it cannot see.",
-        chapters=(3,),
-        figures=("fig-03-probe",),
+        where="3 fig-03-probe",
     ),
     Claim(
         "A4",
@@ -295,46 +323,15 @@ RESIDUAL_DROPPATH = (
         "stated",
         "toy: `plain-half`, with 500 updates a block against about 800; beside it `plain`, with as "
         "many steps. Images: `plain-eq`, of about equal compute, where no other is named",
-        tuple(
-            Comparison(f"{title}, {name}", "spiral", f"{act}-droppath", f"{act}-plain-half", m, s)
-            for title, act in TOY
-            for name, m, s in (
-                ("accuracy with half of the blocks", HALF, 1),
-                ("accuracy lost without a block, mean", SKIP, -1),
-                ("accuracy lost without a block, worst", WORST, -1),
-                ("rebound of CKA", REBOUND, -1),
-            )
-        )
-        + tuple(
-            images(f"{title}, half of the paths", cell, "droppath", "plain-eq", HALF)
-            for title, cell in CELLS
-        )
-        + (images(f"{FEW}, half of the paths", CELLS[0][1], "droppath", "plain-eq", HALF, "-few"),)
-        + tuple(
-            images(
-                f"{title}, half of the paths, against `plain-half`",
-                cell,
-                "droppath",
-                "plain-half",
-                HALF,
-            )
-            for title, cell in CELLS[:2]
-        )
-        + tuple(
-            Comparison(
-                f"{title}, half of the blocks, against `plain`",
-                "spiral",
-                f"{act}-droppath",
-                act,
-                HALF,
-                decides=False,
-            )
-            for title, act in TOY
+        (
+            *rows(TOY, "droppath", ("plain-half",), HALF_BLOCKS, SKIP, WORST, REBOUND),
+            *rows(FASHION + CIFAR + FEW, "droppath", ("plain-eq",), HALF_PATHS),
+            *rows(FASHION, "droppath", ("plain-half",), HALF_PATHS, against=True),
+            *rows(TOY, "droppath", ("",), HALF_BLOCKS, against=True, decides=False),
         ),
         note="Robustness to missing blocks is what reuse would predict. It is also what small or "
         "interchangeable blocks would predict.",
-        chapters=(4,),
-        figures=("fig-04-half", "fig-04-skip"),
+        where="4 fig-04-half fig-04-skip",
     ),
     Claim(
         "A5",
@@ -347,59 +344,29 @@ RESIDUAL_DROPPATH = (
         "`random-freeze`, without the link between dropped and trained; `no-freeze`, with more "
         "updates; `droppath`, without a second stage, with about equal compute and more updates. "
         "The drop rate is 0.2 where no other is named",
-        tuple(
-            Comparison(f"{title}, {name}", "spiral", f"{act}-two-stage", f"{act}-mixture", m, s)
-            for title, act in TOY
-            for name, m, s in (
-                ("accuracy with half of the blocks", HALF, 1),
-                ("accuracy lost without a block, mean", SKIP, -1),
-                ("rebound of CKA", REBOUND, -1),
-            )
-        )
-        + tuple(
-            images(f"{title}, half of the paths", cell, "two-stage", "mixture", HALF)
-            for title, cell in CELLS
-        )
-        + tuple(
-            images(
-                f"{title}, drop rate {rate / 100}, half of the paths",
-                cell,
+        (
+            *rows(TOY, "two-stage", ("mixture",), HALF_BLOCKS, SKIP, REBOUND),
+            *rows(FASHION + CIFAR + RATES, "two-stage", ("mixture",), HALF_PATHS),
+            *rows(
+                TOY,
                 "two-stage",
-                "mixture",
-                HALF,
-                f"-p{rate}",
-            )
-            for rate in (10, 50)
-            for title, cell in CELLS[:2]
-        )
-        + tuple(
-            Comparison(
-                f"{title}, half of the blocks, against `{arm}`",
-                "spiral",
-                f"{act}-two-stage",
-                f"{act}-{arm}",
-                HALF,
+                ("random-freeze", "droppath"),
+                HALF_BLOCKS,
+                against=True,
                 decides=False,
-            )
-            for arm in ("random-freeze", "droppath")
-            for title, act in TOY
-        )
-        + tuple(
-            images(
-                f"{title}, half of the paths, against `{arm}`",
-                cell,
+            ),
+            *rows(
+                FASHION,
                 "two-stage",
-                arm,
-                HALF,
+                ("random-freeze", "no-freeze"),
+                HALF_PATHS,
+                against=True,
                 decides=False,
-            )
-            for arm in ("random-freeze", "no-freeze")
-            for title, cell in CELLS[:2]
+            ),
         ),
         note="For SGD the mixture moves blocks in the same direction on average, to first order "
         "(E6). What freezing adds is of second order.",
-        chapters=(4,),
-        figures=("fig-04-survival", "fig-04-half"),
+        where="4 fig-04-survival fig-04-half",
     ),
     Claim(
         "A6",
@@ -411,38 +378,23 @@ RESIDUAL_DROPPATH = (
         "`plain-eq`: plain training of equal compute. Beside it: `mixture`, the same without "
         "freezing; `plain`, with as many batches. *500 images*: seen ten times as often, so that "
         "plain nets overfit",
-        tuple(
-            images(f"{title}, accuracy", cell, "two-stage", "plain-eq", ACCURACY)
-            for title, cell in CELLS
-        )
-        + (images(f"{FEW}, accuracy", CELLS[0][1], "two-stage", "plain-eq", ACCURACY, "-few"),)
-        + tuple(
-            images(
-                f"{title}, against `mixture`", cell, "two-stage", "mixture", ACCURACY, decides=False
-            )
-            for title, cell in CELLS
-        )
-        + (
-            images(
-                f"{FEW}, against `mixture`",
-                CELLS[0][1],
+        (
+            *rows(FASHION + CIFAR + FEW, "two-stage", ("plain-eq",), ACCURACY),
+            *rows(
+                FASHION + CIFAR + FEW,
                 "two-stage",
-                "mixture",
+                ("mixture",),
                 ACCURACY,
-                "-few",
+                against=True,
                 decides=False,
             ),
-        )
-        + tuple(
-            images(f"{title}, against `plain`", cell, "two-stage", "plain", ACCURACY, decides=False)
-            for title, cell in CELLS[:2]
+            *rows(FASHION, "two-stage", ("plain",), ACCURACY, against=True, decides=False),
         ),
         rule="any",
         fixed="droppath-cifar10-cnn-two-stage",
         needs="longer runs",
         note="Our cells are few and all short. Certain cases that are not among them stay open.",
-        chapters=(4,),
-        figures=("fig-04-images",),
+        where="4 fig-04-images",
     ),
     Claim(
         "A7",
@@ -452,17 +404,17 @@ RESIDUAL_DROPPATH = (
         "abstract",
         "stated",
         "the same net and weights without shortcuts; in chapter 1 also weights drawn by He's rule",
-        (
-            Comparison("depth 32, test accuracy", "spiral", "relu", "plain", ACCURACY),
-            Comparison(
-                "depth 32, training loss", "spiral", "relu", "plain", "trained.train_loss", -1
-            ),
+        rows(
+            (("depth 32", "spiral", "{}"),),
+            "relu",
+            ("plain",),
+            ("test accuracy", "trained.accuracy", 1),
+            ("training loss", "trained.train_loss", -1),
         ),
         note="This is the second half of the claim. Gradients by layer are measured live in "
         "chapter 1, where they vanish in the plain net alone. There the *plain* net trains as well "
         "if its weights are drawn by He's rule: at another start the claim is another.",
-        chapters=(1,),
-        figures=("fig-gradient", "fig-control"),
+        where="1 fig-gradient fig-control",
     ),
 )
 
@@ -479,38 +431,15 @@ DECAYED = (
         "architecture of decay with factors of 1. Floors: raw pixels, and the encoder untrained. "
         "Beside the last block stands the best one",
         (
+            *rows(MASKED, "decay", BOTH, KNN, against=True),
+            *rows(MASKED, "decay", BOTH, *READERS, against=True, decides=False),
             *(
-                masked(f"kNN, last block, against `{c}`", "decay", c, "trained.knn_last", 1, True)
-                for c in ("standard", "skips-only")
-            ),
-            *(
-                masked(f"{name}, against `{c}`", "decay", c, f"trained.{metric}")
-                for name, metric in (
-                    ("kNN, best block", "knn_best"),
-                    ("probe, last block", "probe_last"),
-                    ("probe, best block", "probe_best"),
+                replace(row, label=f"kNN, last block, against {floor}", before=path)
+                for floor, path in (
+                    ("raw pixels", "trained.knn_pixels"),
+                    ("itself untrained", "init.knn_last"),
                 )
-                for c in ("standard", "skips-only")
-            ),
-            Comparison(
-                "kNN, last block, against raw pixels",
-                "mae",
-                "decay",
-                "decay",
-                "trained.knn_last",
-                1,
-                "trained.knn_pixels",
-                decides=False,
-            ),
-            Comparison(
-                "kNN, last block, against itself untrained",
-                "mae",
-                "decay",
-                "decay",
-                "trained.knn_last",
-                1,
-                "init.knn_last",
-                decides=False,
+                for row in rows(MASKED, "decay", ("decay",), KNN, decides=False)
             ),
         ),
         rule="study",
@@ -519,7 +448,7 @@ DECAYED = (
         "longer runs, a deeper encoder, a second set of images",
         note="Our encoder is far smaller, its training far shorter, and the images are another "
         "set. A verdict is about that size, not about the paper's.",
-        chapters=(5, 7, 8, 9),
+        where="5; 7; 8; 9",
     ),
     Claim(
         "B2",
@@ -531,7 +460,7 @@ DECAYED = (
         "√½ on both, √½ on the branch alone, decay; one architecture",
         needs="both forms with long skips. The rules are in the library, the runs are not made",
         note="E2 predicts the second half: a branch scaled by one number has a flat gain profile.",
-        chapters=(5, 9),
+        where="5; 9",
     ),
     Claim(
         "B3",
@@ -543,8 +472,7 @@ DECAYED = (
         needs="these arms with long skips. The schedules are in the library, the runs are not made",
         note="On the spiral, without norms and features, a ramp still learns at a product where "
         "equal factors no longer do (chapter 5, live).",
-        chapters=(5, 9),
-        figures=("fig-05-spiral",),
+        where="5 fig-05-spiral; 9",
     ),
     Claim(
         "B4",
@@ -554,25 +482,21 @@ DECAYED = (
         "second hand",
         "decay without skips against `standard` and `skips-only`",
         needs="the arm of decay without skips",
-        chapters=(7, 9),
+        where="7; 9",
     ),
     Claim(
         "B5",
-        "A rival: long skips alone explain the gain",
+        "A rival: long skips alone make features better",
         "The long skips, which decay brought along, are what makes features better.",
         "a question of reviewers",
         "reviews",
         "`skips-only` against `standard`, both with factors of 1",
         (
-            masked("kNN, last block", "skips-only", "standard", "trained.knn_last", 1, True),
-            masked("kNN, best block", "skips-only", "standard", "trained.knn_best"),
-            masked("probe, last block", "skips-only", "standard", "trained.probe_last"),
-            masked("probe, best block", "skips-only", "standard", "trained.probe_best"),
-            masked("masked loss", "skips-only", "standard", "trained.loss", -1),
+            *rows(MASKED, "skips-only", ("standard",), KNN),
+            *rows(MASKED, "skips-only", ("standard",), *READERS, LOSS, decides=False),
         ),
         note="What decay adds to the skips is in B1.",
-        chapters=(7, 8, 9),
-        figures=("fig-07-loss",),
+        where="7 fig-07-loss; 8; 9",
     ),
     Claim(
         "B6",
@@ -585,8 +509,7 @@ DECAYED = (
         needs="the sweeps at depths 6 and 12",
         note="On digits the product at which training loss is least moves with the learning rate "
         "(chapter 5, live): a window found at one rate may not be one at another.",
-        chapters=(5, 9),
-        figures=("fig-05-rates",),
+        where="5 fig-05-rates; 9",
     ),
     Claim(
         "B7",
@@ -594,27 +517,21 @@ DECAYED = (
         "Decay lowers the effective rank of the features, and low rank goes with abstraction.",
         "text of the paper",
         "second hand",
-        "rank of `decay` against the arms with factors of 1; over the arms of a seed, the rank "
-        "correlation of rank and kNN accuracy. Untrained, each has the rank of its stem (E5)",
+        "rank of `decay` against the arms with factors of 1, as an entropy ρ in nats, the form "
+        "reported of the paper (chapter 8 prints dimensions, $e^\\rho$: 3.0 nats are 20); over the "
+        "arms of a seed, the rank correlation of rank and kNN accuracy. Untrained, each has the "
+        "rank of its stem (E5)",
         (
-            *(
-                masked(f"rank entropy, against `{c}`", "decay", c, RANK, -1, True)
-                for c in ("skips-only", "standard")
-            ),
-            Link(
-                "rank with kNN, last block",
-                "mae",
-                ("standard", "skips-only", "decay"),
-                RANK,
-                "trained.knn_last",
-                -1,
-            ),
+            *rows(MASKED, "decay", BOTH, RANK, against=True),
+            *rows(MASKED, "decay", BOTH, CENTRED, against=True, decides=False),
+            Link("rank with kNN, last block", "mae", (*BOTH, "decay"), RANK[1], KNN[1], -1),
         ),
-        needs="more arms: three are few for a correlation",
-        note="In nets with random branches, rank falls with the factor before any training "
+        needs="more arms: three are too few for a correlation",
+        note="The mean of the features is one large singular value, so that the rank is better "
+        "centred (chapter 8); the centred lines were added after two seeds were read, and do not "
+        "decide. In nets with random branches, rank falls with the factor before any training "
         "(chapter 5, live).",
-        chapters=(5, 8, 9),
-        figures=("fig-05-rank",),
+        where="5 fig-05-rank; 8; 9",
     ),
     Claim(
         "B8",
@@ -626,8 +543,7 @@ DECAYED = (
         needs="a probe of the last state for pixels and high frequencies",
         note="The weight of the stem in the last state is exact (E1). Whether it hinders is not "
         "settled by that.",
-        chapters=(5, 7, 9),
-        figures=("fig-05-weights",),
+        where="5 fig-05-weights; 7; 9",
     ),
     Claim(
         "B9",
@@ -638,17 +554,11 @@ DECAYED = (
         "second hand",
         "masked loss on unseen images, where decay may cost at most a margin of 0.02 (of nearly 1 "
         "for predicting zero); the margin was fixed before the runs were read",
-        tuple(
-            Comparison(
-                f"masked loss, against `{c}`", "mae", "decay", c, "trained.loss", -1, margin=0.02
-            )
-            for c in ("skips-only", "standard")
-        ),
+        tuple(replace(row, margin=0.02) for row in rows(MASKED, "decay", BOTH, LOSS, against=True)),
         needs="a sweep of the last factor to where training breaks, with and without rescaled ε",
         note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
         "without norms, at the step size with them.",
-        chapters=(5, 9),
-        figures=("fig-05-rates", "fig-05-spiral"),
+        where="5 fig-05-rates fig-05-spiral; 9",
     ),
     Claim(
         "B10",
@@ -658,7 +568,7 @@ DECAYED = (
         "second hand",
         "learned factors from 1, and from the ramp; weight decay on them on and off",
         needs="these arms. The rule is in the library, the runs are not made",
-        chapters=(9,),
+        where="9",
     ),
     Claim(
         "B11",
@@ -669,7 +579,7 @@ DECAYED = (
         "second hand",
         "a U-shaped transformer with factors of 1; √½; a tuned learning rate",
         needs="the study",
-        chapters=(11, 12),
+        where="11; 12",
     ),
     Claim(
         "B12",
@@ -679,7 +589,7 @@ DECAYED = (
         "second hand",
         "fine-tuning of all arms, of the exported plain net (E4), and from scratch",
         needs="the study",
-        chapters=(9,),
+        where="9",
     ),
     Claim(
         "B13",
@@ -692,8 +602,7 @@ DECAYED = (
         note="E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
         "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause.",
-        chapters=(5, 9),
-        figures=("fig-05-equal",),
+        where="5 fig-05-equal; 9",
     ),
     Claim(
         "B14",
@@ -703,7 +612,7 @@ DECAYED = (
         "second hand",
         "encoders of two sizes, each with factors of 1 and with decay",
         needs="the study",
-        chapters=(14,),
+        where="14",
     ),
     Claim(
         "B15",
@@ -729,7 +638,7 @@ DECAYED = (
         "second hand",
         "decay from random branches",
         needs="decay and its controls from random branches; all arms so far start at zero",
-        chapters=(9,),
+        where="9",
     ),
 )
 
@@ -857,9 +766,10 @@ CLAIMS = (*RESIDUAL_DROPPATH, *DECAYED)
 
 def recorded(root: Path) -> Runs:
     """All records under `root` that belong to an experiment, by study and arm, then seed."""
-    known = {(one.study, one.arm) for one in EXPERIMENTS.values()}
+    known = [(one.study, one.arm) for one in EXPERIMENTS.values()]
+    there = results.recorded(root)
     found: dict[tuple[str, str], dict[int, Run]] = {}
-    for study in sorted({study for study, _ in results.recorded(root) & known}):
+    for study in dict.fromkeys(study for study, arm in known if (study, arm) in there):
         for run in results.load_runs(study, root=root):
             found.setdefault((study, run.arm), {})[run.seed] = run
     return {key: one for key, one in found.items() if key in known}
@@ -913,8 +823,10 @@ def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
     pairs = what.pairs(runs)
     a, b = zip(*pairs, strict=True) if pairs else ((), ())
     means = (mean(a), mean(b)) if pairs else None
-    if len(pairs) < 2:
-        return Line(what, means, None, len(pairs), planned(what), NOT_RUN)
+    few_arms = isinstance(what, Link) and len(what.arms) < 6
+    if len(pairs) < 2 or few_arms:
+        told = FEW_ARMS if few_arms else NOT_RUN
+        return Line(what, means, None, len(pairs), planned(what), told)
     read = by_decision if claim.rule == "study" and what.decides else by_interval
     gap = results.paired_interval(a, b)
     return Line(what, means, gap, len(pairs), planned(what), read(what, pairs))
@@ -922,7 +834,7 @@ def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
 
 def verdict(claim: Claim, lines: Sequence[Line]) -> str:
     """The verdict of a row, from the readings of the comparisons that decide."""
-    read = [one.reading for one in lines if one.what.decides and one.reading != NOT_RUN]
+    read = [one.reading for one in lines if one.what.decides and one.reading not in UNREAD]
     shown, opposite = read.count(SHOWN), read.count(OPPOSITE)
     if not read:
         return NOT_RUN
@@ -942,13 +854,12 @@ def chapters() -> dict[int, str]:
     return {int(name[:2]): f"{name}.ipynb" for name in re.findall(r"file: book/(\d\d-.+)", toc)}
 
 
-def chapter_links(numbers: Sequence[int]) -> str:
-    """Links to chapters; one that does not exist is called planned."""
-    there = chapters()
-    links = (
-        f"[chapter {n}]({there[n]})" if n in there else f"chapter {n}, planned" for n in numbers
-    )
-    return "; ".join(links)
+def place(text: str) -> str:
+    """A link to a chapter, or that it is planned, and references to its figures."""
+    number, *figures = text.split()
+    file = chapters().get(int(number))
+    told = f"[chapter {number}]({file})" if file else f"chapter {number}, planned"
+    return ", ".join([told, *(f"{{numref}}`{name}`" for name in figures)])
 
 
 def signed(value: float, digits: int) -> str:
@@ -962,7 +873,7 @@ def plain(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
-def table_row(one: Line) -> str:
+def table_row(one: Line, rule: str) -> str:
     """One comparison: means of control and arm, difference, reading and seeds."""
     d, label = one.what.digits, f"{one.what.label}\u00a0{'↑' if one.what.sign > 0 else '↓'}"
     label += "" if one.what.decides else " *(beside)*"
@@ -974,13 +885,15 @@ def table_row(one: Line) -> str:
     elif one.gap:
         gap = f"{signed(one.gap.mean, d)} ±\u00a0{plain(one.gap.half_width, d)} "
         gap += f"({plain(one.gap.smallest_effect, d)})"
-    reading = "too few" if one.seeds == 1 else one.reading
+    reading = "too few seeds" if one.seeds == 1 else one.reading
+    if rule == "study" and one.gap:
+        reading += " *(rule)*" if one.what.decides else " *(interval)*"
     return f"| {label} | {means} | {gap} | {reading}, {one.seeds}/{one.planned} |"
 
 
 def so_far(claim: Claim, lines: Sequence[Line]) -> str:
     """ ", so far" where runs that decide are missing, or kinds of runs."""
-    some = any(one.reading != NOT_RUN for one in lines)
+    some = any(one.reading not in UNREAD for one in lines)
     missing = any(one.seeds < one.planned for one in lines if one.what.decides)
     return ", so far" if some and (missing or claim.needs) else ""
 
@@ -988,10 +901,10 @@ def so_far(claim: Claim, lines: Sequence[Line]) -> str:
 def count(claim: Claim, lines: Sequence[Line]) -> str:
     """How many of the comparisons that decide are shown, and how many are the opposite."""
     read = [one.reading for one in lines if one.what.decides]
-    if not read or set(read) == {NOT_RUN}:
+    if set(read) <= set(UNREAD):
         return ""
     parts = [f"{read.count(SHOWN)} of {len(read)} comparisons shown"]
-    parts += [f"{n} {word}" for word in (OPPOSITE, NOT_RUN) if (n := read.count(word))]
+    parts += [f"{n} {word}" for word in (OPPOSITE, *UNREAD) if (n := read.count(word))]
     return f" ({', '.join(parts)})"
 
 
@@ -1029,22 +942,21 @@ def claim_row(claim: Claim, lines: Sequence[Line], paper: str) -> str:
             "Rule": sentence(rule_of(claim)) if lines else "",
         }
     )
-    rows = [table_row(one) for one in lines]
-    if rows:
-        rows = ["| Compared | Means | Difference | Reading |", "|:--|:--|:--|:--|", *rows]
-    where = chapter_links(claim.chapters)
-    where += "".join(f", {{numref}}`{name}`" for name in claim.figures)
+    table = [table_row(one, claim.rule) for one in lines]
+    if table:
+        table = ["", "| Compared | Means | Difference | Reading |", "|:--|:--|:--|:--|", *table]
+    seeds = "the seeds missing above" * any(one.seeds < one.planned for one in lines)
     studies = sorted({one.what.study for one in lines if one.seeds})
     links = (f"[`{s}`]({REPO}/tree/v{__version__}/book/results/{s})" for s in studies)
     rest = listed(
         {
-            "Still to run": sentence(claim.needs),
+            "Still to run": sentence("; ".join(filter(None, (seeds, claim.needs)))),
             "Note": linked(claim.note),
-            "Where": where,
+            "Where": "; ".join(map(place, filter(None, claim.where.split("; ")))),
             "Records": ", ".join(links),
         }
     )
-    return "\n".join([head, about, *(["", *rows] if rows else []), "", rest, ""])
+    return "\n".join([head, about, *table, "", rest, ""])
 
 
 def exact_row(one: Exact) -> str:
@@ -1057,7 +969,7 @@ def exact_row(one: Exact) -> str:
             "Statement": one.claim,
             "Tests": ", ".join(links),
             "Bears on": ", ".join(reference(number) for number in one.about.split(", ")),
-            "Where": f"{chapter_links([one.chapter])}, section *{one.section}*",
+            "Where": f"{place(str(one.chapter))}, section *{one.section}*",
         }
     )
     return f"(claim-{one.number.lower()})=\n### {one.number} {one.title}\n\n{about}\n"
@@ -1085,7 +997,7 @@ def overview(rows: Sequence[tuple[Claim, Sequence[Line]]]) -> str:
 def studies(runs: Runs) -> str:
     """One line a study: how much of it is recorded, on what, and for how long it ran."""
     table = ["| Study | Recorded | Data, tier, device | Hours |", "|:--|:--|:--|--:|"]
-    for study in dict.fromkeys(one.study for one in EXPERIMENTS.values()):
+    for study in dict.fromkeys(study for study, _ in runs):
         total = sum(len(one.seeds) for one in EXPERIMENTS.values() if one.study == study)
         there = [run for (s, _), one in runs.items() if s == study for run in one.values()]
         what = [
@@ -1132,15 +1044,16 @@ def page(root: Path) -> str:
 
 
 def left(runs: Runs) -> str:
-    """What to type for the studies that are not complete, at the tier of what is recorded."""
-    missing: dict[str, int] = {}
-    for one in EXPERIMENTS.values():
-        seeds = runs.get((one.study, one.arm), {})
-        missing[one.study] = missing.get(one.study, 0) + sum(s not in seeds for s in one.seeds)
+    """What to type for studies that are begun and not complete, at the tier of their records."""
     tiers = {run.study: run.recipe["tier"] for one in runs.values() for run in one.values()}
+    missing = dict.fromkeys(tiers, 0)
+    for one in EXPERIMENTS.values():
+        if one.study in tiers:
+            seeds = runs.get((one.study, one.arm), {})
+            missing[one.study] += sum(seed not in seeds for seed in one.seeds)
     return "".join(
         f"# {n} left of {study}\npython -m mini_resdecay run {study}-study "
-        f"--tier {tiers.get(study, 't4')} \\\n    --resume --out book/results\n"
+        f"--tier {tiers[study]} \\\n    --resume --out book/results\n"
         for study, n in missing.items()
         if n
     )
@@ -1169,9 +1082,12 @@ second hand is marked so.
   direction. Both sides share data, seeds and evaluation; where they differ in length, the controls
   say so. *(beside)* marks what does not decide.
 - **Means**: control → {{term}}`arm`, over seeds.
-- **Difference**: arm minus control, paired by seed ({{term}}`paired difference`), ± half of the
-  95 % interval; in brackets the {{term}}`smallest visible effect` of so many seeds. For
-  correlations the mean {{term}}`Spearman's rank correlation`.
+- **Difference**: arm minus control, paired by seed ({{term}}`paired difference`) and subtracted
+  before rounding, ± half of the 95 % interval. (A star in a chapter's table marks an interval
+  without 0. Behind a mean, chapters print the deviation over seeds with the same ±.) In brackets
+  stands the {{term}}`smallest visible effect`. It is no threshold: so many seeds find a true
+  difference of that size four times in five, and a smaller one less often. For correlations the
+  mean {{term}}`Spearman's rank correlation`, if there are six arms or more.
 - **Reading**: what this comparison shows, and the seeds recorded of those planned.
 
 A rule that is quoted as fixed stood in the code before the runs. The other rules were put into this

@@ -67,9 +67,22 @@ def test_what_is_compared_are_arms_of_one_study_that_exist(what) -> None:
     assert evidence.planned(what) >= 3
 
 
-def test_every_arm_of_every_study_is_compared_somewhere() -> None:
-    used = {f"{what.study}-{arm}" for what in COMPARED for arm in what.arms}
-    assert EXPERIMENTS.keys() - used == set(), "a new arm needs a comparison in its claim"
+def test_every_recorded_arm_is_compared_somewhere() -> None:
+    """Arms may be planned in code before a claim compares them; a record must be used."""
+    used = {(what.study, arm) for what in COMPARED for arm in what.arms}
+    recorded = results.recorded(ROOT / "book" / "results")
+    assert recorded - used == set(), "a recorded arm needs a comparison in its claim"
+
+
+def test_labels_of_a_claim_differ_and_places_exist() -> None:
+    for claim in evidence.CLAIMS:
+        labels = [what.label for what in claim.compared]
+        assert len(set(labels)) == len(labels), claim.number
+        for place in filter(None, claim.where.split("; ")):
+            number, *figures = place.split()
+            there = evidence.chapters().get(int(number))
+            text = (ROOT / "book" / there).read_text(encoding="utf-8") if there else ""
+            assert all(f'"name": "{name}"' in text for name in figures), (claim.number, place)
 
 
 def test_studies_fix_the_rules_that_rows_quote() -> None:
@@ -106,6 +119,7 @@ def a_run(arm: str, seed: int, knn: float, loss: float = 0.5, rank: float = 3.0)
         "knn_pixels": 0.3,
         **dict.fromkeys(("knn_last", "knn_best", "probe_last", "probe_best"), knn),
         "rank_entropy": [4.0, rank],
+        "rank_entropy_centred": [4.0, rank],
     }
     return Run(
         study="mae",
@@ -178,7 +192,8 @@ def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
     assert told(rows["B5"]) == "**shown**, so far (1 of 1 comparisons shown)"
     assert "| +0.050 in every seed | shown, 2/3 |" in rows["B5"]
     assert told(rows["B1"]) == "**not yet run**"
-    assert "| 0.400 →\u00a00.500 | – | too few, 1/3 |" in rows["B1"]
+    assert "| 0.400 →\u00a00.500 | – | too few seeds, 1/3 |" in rows["B1"]
+    assert "- **Still to run**: The seeds missing above." in rows["B5"]
     page = evidence.page(tmp_path)
     assert "| mae | 6 of 9 runs |" in page
     assert "run mae-study --tier t4" in page
@@ -194,14 +209,42 @@ def test_a_margin_is_granted(tmp_path: Path) -> None:
     assert [one.split("**")[1] for one in verdicts] == ["shown", "the opposite"]
 
 
-def test_rank_is_linked_with_accuracy_over_arms(tmp_path: Path) -> None:
+def test_three_arms_are_too_few_for_a_correlation(tmp_path: Path) -> None:
     ranks = {"standard": 3.0, "skips-only": 2.0, "decay": 1.0}
     for place, (arm, rank) in enumerate(ranks.items()):
         for seed in range(3):
             results.write(a_run(arm, seed, 0.4 + 0.1 * place, rank=rank + 0.01 * seed), tmp_path)
     row = sections(evidence.page(tmp_path))["B7"]
-    assert "| rank with kNN, last block\u00a0↓ | – | −1.00 in every seed | shown, 3/3 |" in row
-    assert told(row) == "**shown**, so far (3 of 3 comparisons shown)"
+    assert "| rank with kNN, last block\u00a0↓ | – | – | too few arms, 3/3 |" in row
+    assert told(row) == "**shown**, so far (2 of 3 comparisons shown, 1 too few arms)"
+
+
+def test_six_arms_are_enough_for_a_correlation() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "A3")
+    link = next(what for what in claim.compared if isinstance(what, evidence.Link))
+    link = replace(link, arms=link.arms[:6], x="trained.loss", y="trained.knn_last", sign=-1)
+    runs = {
+        ("spiral", arm): {seed: a_run(arm, seed, 0.1 * place, loss=-place) for seed in range(2)}
+        for place, arm in enumerate(link.arms)
+    }
+    read = evidence.line(claim, link, runs)
+    assert (read.gap.mean, read.gap.half_width, read.reading) == (-1.0, 0.0, evidence.SHOWN)
+    few = replace(link, arms=link.arms[:5])
+    assert evidence.line(claim, few, runs).reading == evidence.FEW_ARMS
+    assert evidence.verdict(claim, [evidence.line(claim, few, runs)]) == evidence.NOT_RUN
+
+
+def test_rows_say_by_which_rule_they_are_read(tmp_path: Path) -> None:
+    row = rows_of(tmp_path, BASE | {"decay": [0.30, 0.31, 0.32]})["B1"]
+    assert row.count("the opposite *(rule)*, 3/3") == 2
+    assert row.count(" *(interval)*, 3/3") == row.count("*(beside)*") == 8
+
+
+def test_a_study_without_records_is_not_listed(tmp_path: Path) -> None:
+    rows_of(tmp_path, BASE)
+    tail = evidence.page(tmp_path).partition("## The recorded studies")[2]
+    assert "| mae | 6 of 9 runs |" in tail
+    assert "droppath" not in tail
 
 
 def test_certain_cases_need_one_and_are_not_refuted() -> None:
