@@ -216,13 +216,13 @@ def rows(
     arm: str,
     controls: Sequence[str],
     *measures: tuple[str, str, int],
-    against: bool = False,
-    decides: bool = True,
+    beside: bool = False,
 ) -> tuple[Comparison, ...]:
-    """An arm minus each control, in every net and measure; `against`: labels name the control.
+    """An arm minus each control, in every net and measure; `beside`: they do not decide.
 
-    An arm "" is the plain one, whose name is the net's.
+    An arm "" is the plain one, whose name is the net's. Labels name a control that is not alone.
     """
+    against = beside or len(controls) > 1
     return tuple(
         Comparison(
             f"{title}, {name}".removeprefix(", ") + f", against `{c or 'plain'}`" * against,
@@ -231,7 +231,7 @@ def rows(
             net.format(c).strip("-"),
             metric,
             sign,
-            decides=decides,
+            decides=not beside,
         )
         for c in controls
         for title, study, net in nets
@@ -325,9 +325,9 @@ RESIDUAL_DROPPATH = (
         "many steps. Images: `plain-eq`, of about equal compute, where no other is named",
         (
             *rows(TOY, "droppath", ("plain-half",), HALF_BLOCKS, SKIP, WORST, REBOUND),
-            *rows(FASHION + CIFAR + FEW, "droppath", ("plain-eq",), HALF_PATHS),
-            *rows(FASHION, "droppath", ("plain-half",), HALF_PATHS, against=True),
-            *rows(TOY, "droppath", ("",), HALF_BLOCKS, against=True, decides=False),
+            *rows(CIFAR + FEW, "droppath", ("plain-eq",), HALF_PATHS),
+            *rows(FASHION, "droppath", ("plain-eq", "plain-half"), HALF_PATHS),
+            *rows(TOY, "droppath", ("",), HALF_BLOCKS, beside=True),
         ),
         note="Robustness to missing blocks is what reuse would predict. It is also what small or "
         "interchangeable blocks would predict.",
@@ -347,22 +347,8 @@ RESIDUAL_DROPPATH = (
         (
             *rows(TOY, "two-stage", ("mixture",), HALF_BLOCKS, SKIP, REBOUND),
             *rows(FASHION + CIFAR + RATES, "two-stage", ("mixture",), HALF_PATHS),
-            *rows(
-                TOY,
-                "two-stage",
-                ("random-freeze", "droppath"),
-                HALF_BLOCKS,
-                against=True,
-                decides=False,
-            ),
-            *rows(
-                FASHION,
-                "two-stage",
-                ("random-freeze", "no-freeze"),
-                HALF_PATHS,
-                against=True,
-                decides=False,
-            ),
+            *rows(TOY, "two-stage", ("random-freeze", "droppath"), HALF_BLOCKS, beside=True),
+            *rows(FASHION, "two-stage", ("random-freeze", "no-freeze"), HALF_PATHS, beside=True),
         ),
         note="For SGD the mixture moves blocks in the same direction on average, to first order "
         "(E6). What freezing adds is of second order.",
@@ -380,15 +366,8 @@ RESIDUAL_DROPPATH = (
         "plain nets overfit",
         (
             *rows(FASHION + CIFAR + FEW, "two-stage", ("plain-eq",), ACCURACY),
-            *rows(
-                FASHION + CIFAR + FEW,
-                "two-stage",
-                ("mixture",),
-                ACCURACY,
-                against=True,
-                decides=False,
-            ),
-            *rows(FASHION, "two-stage", ("plain",), ACCURACY, against=True, decides=False),
+            *rows(FASHION + CIFAR + FEW, "two-stage", ("mixture",), ACCURACY, beside=True),
+            *rows(FASHION, "two-stage", ("plain",), ACCURACY, beside=True),
         ),
         rule="any",
         fixed="droppath-cifar10-cnn-two-stage",
@@ -431,15 +410,15 @@ DECAYED = (
         "architecture of decay with factors of 1. Floors: raw pixels, and the encoder untrained. "
         "Beside the last block stands the best one",
         (
-            *rows(MASKED, "decay", BOTH, KNN, against=True),
-            *rows(MASKED, "decay", BOTH, *READERS, against=True, decides=False),
+            *rows(MASKED, "decay", BOTH, KNN),
+            *rows(MASKED, "decay", BOTH, *READERS, beside=True),
             *(
                 replace(row, label=f"kNN, last block, against {floor}", before=path)
                 for floor, path in (
                     ("raw pixels", "trained.knn_pixels"),
                     ("itself untrained", "init.knn_last"),
                 )
-                for row in rows(MASKED, "decay", ("decay",), KNN, decides=False)
+                for row in rows(MASKED, "decay", ("decay",), KNN, beside=True)
             ),
         ),
         rule="study",
@@ -493,7 +472,7 @@ DECAYED = (
         "`skips-only` against `standard`, both with factors of 1",
         (
             *rows(MASKED, "skips-only", ("standard",), KNN),
-            *rows(MASKED, "skips-only", ("standard",), *READERS, LOSS, decides=False),
+            *rows(MASKED, "skips-only", ("standard",), *READERS, LOSS, beside=True),
         ),
         note="What decay adds to the skips is in B1.",
         where="7 fig-07-loss; 8; 9",
@@ -522,8 +501,8 @@ DECAYED = (
         "arms of a seed, the rank correlation of rank and kNN accuracy. Untrained, each has the "
         "rank of its stem (E5)",
         (
-            *rows(MASKED, "decay", BOTH, RANK, against=True),
-            *rows(MASKED, "decay", BOTH, CENTRED, against=True, decides=False),
+            *rows(MASKED, "decay", BOTH, RANK),
+            *rows(MASKED, "decay", BOTH, CENTRED, beside=True),
             Link("rank with kNN, last block", "mae", (*BOTH, "decay"), RANK[1], KNN[1], -1),
         ),
         needs="more arms: three are too few for a correlation",
@@ -554,7 +533,7 @@ DECAYED = (
         "second hand",
         "masked loss on unseen images, where decay may cost at most a margin of 0.02 (of nearly 1 "
         "for predicting zero); the margin was fixed before the runs were read",
-        tuple(replace(row, margin=0.02) for row in rows(MASKED, "decay", BOTH, LOSS, against=True)),
+        tuple(replace(row, margin=0.02) for row in rows(MASKED, "decay", BOTH, LOSS)),
         needs="a sweep of the last factor to where training breaks, with and without rescaled ε",
         note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
         "without norms, at the step size with them.",
