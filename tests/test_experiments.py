@@ -499,6 +499,18 @@ def test_record_fits_the_schema_and_its_experiment(path):
     assert path.name == f"{run.arm}-s{run.seed}.json"
 
 
+@pytest.mark.parametrize("study", sorted({path.parent.name for path in RECORDED}))
+def test_records_cost_what_their_experiments_say(study):
+    """Memory of each run; time of the quickest alone, since most shared their machine."""
+    shares = []
+    for run in results.load_runs(study, root=BOOK):
+        one = EXPERIMENTS[f"{study}-{run.arm}"]
+        if one.tiers[run.recipe["tier"]] == one.tiers["t4"] and run.device.startswith("CPU"):
+            assert run.peak_memory_gib <= 1.2 * one.memory_gib, (run.arm, run.seed)
+            shares.append(run.seconds / 60 / one.minutes)
+    assert min(shares) <= 1.3
+
+
 @pytest.mark.parametrize("name", IN_THE_BOOK)
 def test_every_seed_of_an_experiment_is_recorded(name):
     one = EXPERIMENTS[name]
