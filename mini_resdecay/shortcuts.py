@@ -141,8 +141,10 @@ class Learned(nn.Module):
 class IdentityDrop(nn.Module):
     """`Decay` by chance: in training each sample keeps its whole state with probability `alpha`.
 
-    In evaluation it is `Decay`, which is its mean where branches are linear. Drawn from torch's
-    own generator, as dropout is. Source: a question in the reviews of arXiv 2404.10947.
+    In evaluation it is `Decay`, which is its mean where branches are linear. Drawn, as dropout
+    is, from torch's global generator of each process and device: unlike batches and mask noise,
+    the draws depend on the number of processes.
+    Source: a question in the reviews of arXiv 2404.10947.
     """
 
     def __init__(self, alpha: float = 1.0) -> None:

@@ -349,6 +349,15 @@ def test_D20_identity_drop_keeps_all_of_a_sample_or_nothing():
     assert torch.allclose(vit.eval()(images), 0.8 * 0.6 * 0.4 * x, rtol=1e-12, atol=0)
 
 
+def test_identity_drop_draws_from_the_global_generator():
+    rule, x = SHORTCUTS["identity-drop"](0.5), torch.ones(64, 1)
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(rule(x, torch.zeros_like, nn.Identity()))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
 @pytest.mark.parametrize("name", ["scaled-sum", "branch-scaled"])
 def test_a_rule_without_factors_refuses_alpha_min(name):
     with pytest.raises(ValueError, match=f'alpha_min must be 1 for shortcut="{name}", got 0.5'):
