@@ -143,18 +143,17 @@ def linear_probe(
         raise ValueError(f"test_x must have the sources {list(train)}, got {list(test)}")
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
-    if steps < 1 or not all(0 < lr < math.inf for lr in lrs) or not min(weight_decays) >= 0:
-        got = f"{steps}, {lrs}, {weight_decays}"
-        raise ValueError(
-            f"steps must be at least 1, lrs above 0, weight_decays 0 or more, got {got}"
-        )
+    grid = [(lr, wd) for lr in lrs for wd in weight_decays]
+    fine = all(0 < lr < math.inf and 0 <= wd < math.inf for lr, wd in grid)
+    if steps < 1 or not grid or not fine:
+        wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
+        raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
     if len(train_y) < 10:
         raise ValueError(f"train_x must have at least 10 rows, got {len(train_y)}")
     if (odd := int(test_y.max())) > (last := int(train_y.max())):
         raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    grid = [(lr, wd) for lr in lrs for wd in weight_decays]
     trials: dict[tuple[str, float, float], tuple[float, ...]] = {}
     for name, x in train.items():
         parts = x[rest], train_y[rest], x[held], train_y[held]

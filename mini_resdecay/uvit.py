@@ -39,6 +39,9 @@ class Tokens(nn.Module):
         super().__init__()
         if not 1 <= patch_size <= image_size or image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
+        for name, size in {"dim": dim, "channels": channels}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if classes is not None and classes < 1:
             raise ValueError(f"classes must be None or at least 1, got {classes}")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size

@@ -553,11 +553,15 @@ def test_bad_input_of_overlap_is_named(changes, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"lrs": (0.0,)}, {"lrs": (float("nan"),)}, {"weight_decays": (-0.1,)}],
+    [
+        {"steps": 0},
+        *({"lrs": lrs} for lrs in ((), (0.0,), (math.nan,), (1e-3, math.inf))),
+        *({"weight_decays": decays} for decays in ((), (-0.1,), (math.nan,), (0.0, math.inf))),
+    ],
 )
 def test_a_grid_that_trains_nothing_is_named(wrong):
     x, y = torch.randn(20, 3), torch.arange(20) % 2
-    with pytest.raises(ValueError, match="steps must be at least 1, lrs above 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, lrs above 0, .*got"):
         linear_probe(x, y, x, y, **wrong)
 
 

@@ -17,7 +17,7 @@ BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
 # Studies of which every seed is recorded; of others, what is there is checked.
 IN_THE_BOOK = [name for name, one in EXPERIMENTS.items() if one.study in ("spiral", "reuse")]
-# Of these the first five losses are computed again: every study, both nets, both kinds of step.
+# Of these the first five losses are computed again: every study, every kind of net and of step.
 REPLAYED = [
     "spiral-relu",
     "spiral-tanh-two-stage",
@@ -25,6 +25,8 @@ REPLAYED = [
     "reuse-cifar10",
     "droppath-fashion-mnist-cnn-mixture",
     "droppath-fashion-mnist-vit-two-stage",
+    "mae-standard",
+    "mae-decay",
 ]
 MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
@@ -497,6 +499,18 @@ def test_record_fits_the_schema_and_its_experiment(path):
     assert path.name == f"{run.arm}-s{run.seed}.json"
 
 
+@pytest.mark.parametrize("study", sorted({path.parent.name for path in RECORDED}))
+def test_records_cost_what_their_experiments_say(study):
+    """Memory of each run; time of the quickest alone, since most shared their machine."""
+    shares = []
+    for run in results.load_runs(study, root=BOOK):
+        one = EXPERIMENTS[f"{study}-{run.arm}"]
+        if one.tiers[run.recipe["tier"]] == one.tiers["t4"] and run.device.startswith("CPU"):
+            assert run.peak_memory_gib <= 1.2 * one.memory_gib, (run.arm, run.seed)
+            shares.append(run.seconds / 60 / one.minutes)
+    assert min(shares) <= 1.3
+
+
 @pytest.mark.parametrize("name", IN_THE_BOOK)
 def test_every_seed_of_an_experiment_is_recorded(name):
     one = EXPERIMENTS[name]
@@ -505,6 +519,10 @@ def test_every_seed_of_an_experiment_is_recorded(name):
 
 def test_shipped_index_is_that_of_the_records():
     assert results.INDEX.read_text() == results.index(BOOK)
+
+
+def test_every_recorded_study_is_replayed():
+    assert {path.parent.name for path in RECORDED} <= {EXPERIMENTS[n].study for n in REPLAYED}
 
 
 @pytest.mark.parametrize("name", REPLAYED)
@@ -516,12 +534,11 @@ def test_first_five_losses_of_a_record_replay(name):
         pytest.skip(f"{name} is not recorded yet")
     recipe = recipe_of(one, run.recipe["tier"])
     train = None
-    if isinstance(recipe, ImageRecipe):
+    if not isinstance(recipe, SpiralRecipe):
         if not os.environ.get("MINI_RESDECAY_DATA"):
             pytest.skip("MINI_RESDECAY_DATA is not set: no real images to replay on")
         train = data.load(recipe.data, "train").subset(recipe.images, 0)
         assert results.check_fingerprint(run, train.fingerprint)
-    else:
-        assert isinstance(recipe, SpiralRecipe)
     losses = experiments.first_losses(recipe, run.seed, train)
+    assert len(losses) == len(run.first_losses) == 5
     torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)
