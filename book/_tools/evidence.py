@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -64,8 +64,17 @@ class Comparison:
         """The arm's number and the control's, one pair a seed that both have."""
         left, right = (runs.get((self.study, arm), {}) for arm in self.arms)
         seeds = sorted(left.keys() & right.keys())
+        for s in seeds:
+            if seen_by(left[s]) != seen_by(right[s]):
+                told = f"{self.study}: {self.arm} and {self.control}, seed {s}"
+                raise ValueError(f"{told}, must share tier and data to be compared")
         before = self.before or self.metric
         return [(number(left[s], self.metric), number(right[s], before)) for s in seeds]
+
+
+def seen_by(run: Run) -> tuple[Any, ...]:
+    """What two runs must share for their difference to be that of the arms."""
+    return run.recipe.get("tier"), run.data, run.fingerprint
 
 
 @dataclass(frozen=True)
@@ -819,7 +828,7 @@ def verdict(claim: Claim, lines: Sequence[Line]) -> str:
         return NOT_RUN
     if shown == len(read) or (shown and claim.rule == "any"):
         return SHOWN
-    if shown:
+    if shown and claim.rule != "study":  # that one asks for all
         return MIXED if opposite else PARTLY
     return OPPOSITE if opposite == len(read) and claim.rule != "any" else NOT_SHOWN
 
