@@ -144,8 +144,7 @@ def linear_probe(
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
     grid = [(lr, wd) for lr in lrs for wd in weight_decays]
-    fine = all(0 < lr < math.inf and 0 <= wd < math.inf for lr, wd in grid)
-    if steps < 1 or not grid or not fine:
+    if steps < 1 or not grid or not all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid):
         wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
         raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
     if len(train_y) < 10:

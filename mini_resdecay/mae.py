@@ -139,8 +139,9 @@ class MAE(nn.Module):
         if decoder_dim < 4 or decoder_dim % 4:
             raise ValueError(f"decoder_dim must be a multiple of 4 above 0, got {decoder_dim}")
         if decoder_heads < 1 or decoder_dim % decoder_heads:
-            wanted = f"decoder_heads must divide decoder_dim {decoder_dim}"
-            raise ValueError(f"{wanted}, got {decoder_heads}")
+            raise ValueError(
+                f"decoder_heads must divide decoder_dim {decoder_dim}, got {decoder_heads}"
+            )
         self.encoder, self.arch = encoder, arch
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         channels, side, _ = encoder.stem.shape

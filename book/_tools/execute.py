@@ -4,9 +4,9 @@
     python book/_tools/execute.py book/03-….ipynb      these
 
 Each notebook runs in a fresh kernel of this environment, one thread, without the network of a hub
-and without anybody's data folder; cells tagged `skip-execution` are left alone. What it cost is
-written into its metadata (`resdecay`), where a test holds it against the budgets. A notebook in
-which a cell fails is left as it was.
+and without anybody's data folder; cells tagged `skip-execution` are left alone. What it cost, and
+a hash of the code that ran, is written into its metadata (`resdecay`), where tests hold it against
+the budgets and against the code as it is now. A notebook in which a cell fails is left as it was.
 """
 
 import argparse
@@ -86,6 +86,18 @@ def run(notebook: NotebookNode, folder: Path) -> dict[str, float]:
     }
 
 
+def stamp(notebook: dict[str, Any]) -> str:
+    """Hash of the code that outputs come from, as it is in the cells; trailing space is no code.
+
+    Cells tagged `nbval-skip` (Colab's set-up, GPU) give no outputs and do not count.
+    """
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    run_here = [c for c in cells if "nbval-skip" not in c["metadata"].get("tags", [])]
+    sources = ["".join(cell["source"]).strip().splitlines() for cell in run_here]
+    code = json.dumps([[line.rstrip() for line in lines] for lines in sources if lines])
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
 def copy_alt(cell: NotebookNode) -> None:
     """Copy the alt text that `figures.show` left in an output to where the page takes it from."""
     for output in cell.get("outputs", []):
@@ -136,7 +148,7 @@ def execute(path: Path) -> dict[str, float]:
     notebook.metadata.pop("widgets", None)
     cost = run(notebook, path.parent)
     normalise(notebook)
-    notebook.metadata.setdefault("resdecay", {}).update(cost)
+    notebook.metadata.setdefault("resdecay", {}).update(cost, code=stamp(notebook))
     write(notebook, path)
     return cost
 

@@ -1,6 +1,8 @@
-"""Names of pages and chapters, read from the table of contents."""
+"""Names of pages and chapters, read from the table of contents; the tools behind the book."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
@@ -17,3 +19,12 @@ def toc_pages() -> list[str]:
 def chapters() -> list[str]:
     """The pages that are chapters: `book/01-…`, in order."""
     return [page for page in toc_pages() if Path(page).name[:2].isdigit()]
+
+
+def tool(name: str) -> ModuleType:
+    """The module `book/_tools/<name>.py`."""
+    path = ROOT / "book" / "_tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

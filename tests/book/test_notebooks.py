@@ -14,11 +14,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from pages import ROOT, chapters
+from pages import ROOT, chapters, tool
 
 from mini_resdecay import REPO, __version__
 
 Notebook = dict[str, Any]
+stamp = tool("execute").stamp
 
 TAGS = {
     "nbval-check-output",
@@ -148,6 +149,13 @@ def executed_in_order(notebook: Notebook) -> list[str]:
     counts = [c["execution_count"] for c in cells if c not in left_alone]
     bad = [] if counts == list(range(1, len(counts) + 1)) else [f"execution counts {counts}"]
     return bad + [f"{where(notebook, c)} was executed" for c in left_alone if c["outputs"]]
+
+
+def executed_as_it_is(notebook: Notebook) -> list[str]:
+    """The outputs come from the code that stands above them: `make execute` left its hash."""
+    told = notebook["metadata"].get("resdecay", {}).get("code")
+    now = stamp(notebook)
+    return [] if told == now else ["code changed since it was executed: run `make execute`"]
 
 
 def no_errors(notebook: Notebook) -> list[str]:
@@ -406,6 +414,7 @@ def clean_metadata(notebook: Notebook) -> list[str]:
 KNOWN_METADATA = {"kernelspec", "language_info", "widgets", "resdecay"}
 CHECKS: tuple[Callable[[Notebook], list[str]], ...] = (
     executed_in_order,
+    executed_as_it_is,
     no_errors,
     known_tags,
     compared_outputs,
@@ -512,6 +521,7 @@ def good_notebook() -> Notebook:
         "resdecay": {"seconds": 9.0, "peak_memory_gib": 0.5},
         "widgets": {"state+json": {"state": {"a": model}}},
     }
+    metadata["resdecay"]["code"] = stamp({"cells": cells})
     return {"cells": cells, "metadata": metadata}
 
 
@@ -559,6 +569,11 @@ BROKEN = [
     (executed_in_order, lambda n: cell_with(n, "x = 1").update(execution_count=None)),
     (executed_in_order, lambda n: cell_with(n, "x = 1").update(execution_count=99)),
     (executed_in_order, output("train()", data={})),
+    (executed_as_it_is, swap("x = 1", "x = 10")),
+    (executed_as_it_is, swap("def f(x):\n    return", "def f(x):\n  return")),
+    (executed_as_it_is, lambda n: n["cells"].remove(cell_with(n, "x = 1"))),
+    (executed_as_it_is, lambda n: n["cells"].reverse()),
+    (executed_as_it_is, lambda n: n["metadata"]["resdecay"].pop("code")),
     (no_errors, output("x = 1", output_type="error")),
     (no_errors, output("x = 1", name="stderr")),
     (known_tags, tag("x = 1", "hide-cell")),
@@ -642,6 +657,23 @@ def test_the_check_fails_a_broken_chapter(check, spoil: Callable[[Notebook], Any
     notebook = copy.deepcopy(good_notebook())
     spoil(notebook)
     assert check(notebook), "the check did not see what is wrong"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap("## Predict", "## Predict something"),
+        swap("x = 1", "x = 1  \n"),
+        swap("train()", "train(longer=True)"),  # for a GPU: it has no outputs
+        swap("%pip", "%pip  # another version"),
+        lambda n: cell_with(n, "x = 1").update(source=["x = 1"]),  # as files have it
+        lambda n: n["cells"].append(code("")),
+    ],
+)
+def test_what_gives_no_outputs_asks_for_no_execution(change: Callable[[Notebook], Any]) -> None:
+    notebook = good_notebook()
+    change(notebook)
+    assert executed_as_it_is(notebook) == []
 
 
 def test_every_check_can_fail() -> None:

@@ -1,30 +1,20 @@
 """The tools behind the book: vendor.py, execute.py and slowest.py."""
 
 import hashlib
-import importlib.util
 import json
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from pages import ROOT
+from pages import tool
 
 ALT = "Line plot, layer against norm: the line rises evenly from 0 to 9."
 
 
-def load(name: str) -> ModuleType:
-    path = ROOT / "book" / "_tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-vendor, execute, slowest = load("vendor"), load("execute"), load("slowest")
+vendor, execute, slowest = tool("vendor"), tool("execute"), tool("slowest")
 
 
 def a_package(folder: Path, sha256: str) -> vendor.Package:
@@ -114,7 +104,8 @@ def test_execute_stores_outputs_alt_text_widgets_and_cost(
     state = notebook["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
     view = widget["outputs"][0]["data"]["application/vnd.jupyter.widget-view+json"]
     assert view["model_id"] in state
-    assert notebook["metadata"]["resdecay"] == {"studies": ["s"], **cost}
+    code = execute.stamp(notebook)
+    assert notebook["metadata"]["resdecay"] == {"studies": ["s"], **cost, "code": code}
     assert cost["seconds"] > 0
     assert 0.02 < cost["peak_memory_gib"] < 3
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
