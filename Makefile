@@ -19,7 +19,7 @@ AS_READER := env -u MPLBACKEND -u MINI_RESDECAY_DATA HF_HUB_OFFLINE=1 HF_DATASET
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test serve execute clean lint types unit notebooks site benchmarks
+.PHONY: help setup book test serve execute evidence clean lint types unit notebooks site benchmarks
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ serve: $(STAMP) ## show the built book on http://localhost:8000
 
 execute: $(STAMP) ## run the chapters and store their outputs (CH=book/03-*.ipynb for some)
 	$(BIN)/python book/_tools/execute.py $(CH)
+
+evidence: $(STAMP) ## write the page of claims and verdicts from the recorded runs
+	$(BIN)/python book/_tools/evidence.py
 
 clean: ## remove what was built, the environment included
 	rm -rf _build book/vendor $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,9 +9,11 @@ so it can be read from top to bottom:
     vit          a vision transformer from parts
     cnn          a small residual CNN
     mae          the masked autoencoder in three architectures
+    uvit         the U-shaped denoiser: long skips, and decay over its whole depth
+    diffusion    noise schedules, the loss, samplers for any callable
     droppath     the two-stage ResidualDroppath step and its control arms
     train        one training loop for everything; the step is passed in
-    evaluate     how good features are: neighbours, linear probe, fine-tuning, Fréchet distance
+    evaluate     how good features are: neighbours, linear probe, fine-tuning; Fréchet distance
     reuse        the diagnosis: similarity maps, effective rank, skip-one-block, probes by layer
     results      recorded runs: written, checked, compared, opened
     figures      arrays in, picture out, with alt text

@@ -69,7 +69,8 @@ def _list(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     experiment = experiments.get(options.name)
     print(f"{experiment.name}\n  source:  {experiment.source}\n  expects: {experiment.expects}")
-    print(f"  cost:    {experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB (tier t4)")
+    cost = f"{experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB"
+    print(f"  cost:    {cost} (tier t4, two CPU cores, nothing else running)")
     print(f"  seeds:   {', '.join(map(str, experiment.seeds))}")
     for tier, recipe in experiment.tiers.items():
         print(f"  {tier + ':':8} {json.dumps(asdict(recipe))}")

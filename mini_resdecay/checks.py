@@ -860,6 +860,116 @@ CHAPTER_7: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 8 -------------------------------------------------------------------------------
+
+
+def _winners(
+    near: Tensor, labels: Tensor, k: int, T: float, shift: bool = True, power: float = -1.0
+) -> Tensor:
+    top, at = near.topk(k)
+    weight = ((top - top[:, :1] if shift else top) * T**power).exp()
+    votes = top.new_zeros(len(near), int(labels.max()) + 1)
+    return votes.scatter_add(1, labels[at], weight).argmax(1)
+
+
+def _flattery(scores: Tensor, choose: int = 0, read: int = 1) -> Tensor:
+    best = scores[:, choose].argmax(1, keepdim=True)
+    return (scores[:, 0].gather(1, best) - scores[:, read].gather(1, best)).mean()
+
+
+def _two_maxima(scores: Tensor) -> Tensor:
+    return (scores[:, 0].amax(1) - scores[:, 1].amax(1)).mean()
+
+
+def _best_less_average(scores: Tensor) -> Tensor:
+    return (scores[:, 0].amax(1) - scores[:, 0].mean(1)).mean()
+
+
+def _best_on_average(scores: Tensor) -> Tensor:
+    return _flattery(scores.mean(0, keepdim=True))
+
+
+def _near_case(seed: int) -> tuple[Tensor, Tensor, int, float]:
+    g = torch.Generator().manual_seed(seed)
+    near = 0.8 + 0.2 * torch.rand(40, 30, generator=g)
+    return near.half(), torch.randint(4, (30,), generator=g), 7, 0.05
+
+
+def _scores_case(seed: int, draws: int, settings: int) -> tuple[Tensor]:
+    return (torch.rand(draws, 2, settings, generator=torch.Generator().manual_seed(seed)),)
+
+
+CHAPTER_8: dict[str, Exercise] = {
+    "ex-08-1": Exercise(
+        solution=(0, 1, 0.07213),
+        mistakes={
+            "right winners, wrong tie: one vote of weight exp(0.95/T) meets two of exp(0.90/T).": (0, 1, 0.05),
+            "you have the winners upside down. A low temperature listens to the nearest.": (1, 0, 0.07213),
+            "at T = 0.2 the nearest weighs 1.28 times one of the others, and there are two of them.": (0, 0, 0.07213),
+            "work out exp(0.05/0.07): is it above or below 2?": (1, 1, 0.07213),
+            "your logarithm is to the base 10. The votes are powers of e.": (0, 1, 0.16610),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-08-2": Exercise(
+        solution=_winners,
+        mistakes={
+            "in half precision some of your votes are infinite, and among infinities the first class wins.": lambda near, labels, k, T: (
+                _winners(near, labels, k, T, shift=False)
+            ),
+            "all k neighbours have one vote each. Where is the temperature?": lambda near, labels, k, T: (
+                _winners(near, labels, k, 1e9)
+            ),
+            "only the nearest is heard.": lambda near, labels, k, T: _winners(near, labels, 1, T),
+            "the least similar have voted. topk wants the cosines themselves.": lambda near, labels, k, T: (
+                _winners(-near, labels, k, T)
+            ),
+            "you vote with the whole bank. Take the k nearest first.": lambda near, labels, k, T: (
+                _winners(near, labels, near.shape[1], T)
+            ),
+        },
+        cases=(_near_case(0), _near_case(1)),
+    ),
+    "ex-08-3": Exercise(
+        solution=(21.637, 39.661),
+        mistakes={
+            "that is the entropy. Effective rank is its exponential.": (3.0744, 3.6804),
+            "you have them the wrong way round.": (39.661, 21.637),
+            "your singular values are squared: that is the participation ratio.": (1.2714, 13.122),
+            "both are centred. The first wants the cloud as it lies.": (39.661, 39.661),
+            "that is x as it is. Add 100 first.": (29.572, 39.661),
+            "those are the test digits. The bank is x.": (21.100, 38.555),
+        },
+        tolerance=5e-3,
+    ),
+    "ex-08-4": Exercise(
+        solution=_flattery,
+        mistakes={
+            "you take the best of both parts. What was chosen on the first has to be read on the second.": _two_maxima,
+            "you compare with an average setting. The question is what the chosen one scores on new images.": _best_less_average,
+            "you chose on the second part: then nothing honest is left.": lambda scores: (
+                -_flattery(scores.flip(1))
+            ),
+            "you average over draws before you choose. Each draw makes a choice of its own.": _best_on_average,
+            "chosen and read on the same part the difference is 0, always.": lambda scores: (
+                _flattery(scores, read=0)
+            ),
+        },
+        cases=(_scores_case(0, 20, 6), _scores_case(1, 50, 3)),
+    ),
+    "ex-08-5": Exercise(
+        solution=61_875.0,
+        mistakes={
+            "that makes the binomial error as large as the spread of the seeds, not a third of it.": 6_875.0,
+            "the error falls with the root of n, so a third of it takes nine times as many, not three.": 20_625.0,
+            "you left out the root: sqrt(p (1 - p) / n).": 123.75,
+            "that is for an accuracy of one half.": 62_500.0,
+        },
+        tolerance=2e-3,
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -868,4 +978,5 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_5,
     **CHAPTER_6,
     **CHAPTER_7,
+    **CHAPTER_8,
 }

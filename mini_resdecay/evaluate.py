@@ -1,4 +1,4 @@
-"""How good are features? Neighbours, a linear probe, fine-tuning, and the distance of two clouds.
+"""How good are features? Neighbours, a linear probe, fine-tuning; and how two clouds differ.
 
     tokens = layer_features(encoder, images)[-1]                       # [n, 1 + N, d]
     knn_accuracy(bank, bank_labels, queries, query_labels)             # features [n, d]
@@ -10,7 +10,7 @@ Whatever can be chosen is chosen on a part of the training set; the test set is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ Cloud = Tensor | tuple[Tensor, Tensor]
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-2)
-BATCH, QUERIES, GROUP = 1024, 256, 32  # rows a step, queries at a time, neighbours a group
+BATCH, QUERIES, GROUP = 1024, 256, 32  # rows a step, rows at a time, neighbours a group
 
 
 def feature_sources(layers: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -143,18 +143,17 @@ def linear_probe(
         raise ValueError(f"test_x must have the sources {list(train)}, got {list(test)}")
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
-    if steps < 1 or not all(0 < lr < math.inf for lr in lrs) or not min(weight_decays) >= 0:
-        got = f"{steps}, {lrs}, {weight_decays}"
-        raise ValueError(
-            f"steps must be at least 1, lrs above 0, weight_decays 0 or more, got {got}"
-        )
+    grid = [(lr, wd) for lr in lrs for wd in weight_decays]
+    fine = all(0 < lr < math.inf and 0 <= wd < math.inf for lr, wd in grid)
+    if steps < 1 or not grid or not fine:
+        wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
+        raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
     if len(train_y) < 10:
         raise ValueError(f"train_x must have at least 10 rows, got {len(train_y)}")
     if (odd := int(test_y.max())) > (last := int(train_y.max())):
         raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    grid = [(lr, wd) for lr in lrs for wd in weight_decays]
     trials: dict[tuple[str, float, float], tuple[float, ...]] = {}
     for name, x in train.items():
         parts = x[rest], train_y[rest], x[held], train_y[held]
@@ -246,6 +245,34 @@ def fine_tuning_groups(
 
 
 @torch.no_grad()
+def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean [d] and covariance [d, d] (with n - 1) of features that come in batches `[n, d]`.
+
+    For `frechet_distance`, in one pass: `moments(net(images) for images in …)` needs the memory
+    of one batch however many there are. In float64, from the first batch's mean, so that a large
+    offset costs no digits.
+    Raises ValueError for no batch, other shapes, or batches of different widths.
+    """
+    count = 0
+    origin = total = products = torch.zeros(())
+    for x in batches:
+        if x.dim() != 2 or not len(x) or x.shape[1:] != (total.shape or x.shape[1:]):
+            raise ValueError(f"features must be [n, d] of one width, got {list(x.shape)}")
+        if not count:
+            origin = x.double().mean(0)
+            total, products = torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))
+        for rows in x.split(QUERIES):  # so few stay in the cache
+            off = rows - origin
+            total += off.sum(0)
+            products.addmm_(off.T, off)
+        count += len(x)
+    if not count:
+        raise ValueError("batches must hold at least one batch, got none")
+    spread = products - total.outer(total) / count
+    return origin + total / count, spread / (count - 1 or math.nan)
+
+
+@torch.no_grad()
 def frechet_distance(a: Cloud, b: Cloud) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)): how far two normal clouds lie apart.
 
@@ -266,9 +293,7 @@ def frechet_distance(a: Cloud, b: Cloud) -> float:
 def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
     """The mean and the root of the covariance; eigenvalues that rounding made negative are 0."""
     if isinstance(cloud, Tensor):
-        centred = cloud.double() - cloud.double().mean(0)
-        products = torch.tensordot(centred, centred, ([0], [0]))
-        cloud = cloud.double().mean(0), products / (len(cloud) - 1 or math.nan)
+        cloud = moments([cloud])
     mean, covariance = (part.double() for part in cloud)
     fits = covariance.dim() == 2 and covariance.shape == 2 * mean.shape
     whole = fits and torch.stack([x.isfinite().all() for x in (mean, covariance)]).all()
@@ -279,3 +304,55 @@ def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
         )
     values, vectors = torch.linalg.eigh(covariance)
     return mean, vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def fid(inception: nn.Module, real: Iterable[Tensor], made: Iterable[Tensor]) -> float:
+    """Fréchet distance of two sets of images, in batches, by torchmetrics and a net that you give.
+
+    What others call FID needs the Inception-v3 of the original release and 50 000 images of each
+    set. For any other net write FD, its name and the number, as `frechet_distance` gives it.
+    `inception` maps the images to features [n, d], and its `num_features` is d.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=inception)
+    for batches, is_real in ((real, True), (made, False)):
+        for images in batches:
+            metric.update(images, real=is_real)
+    return metric.compute().item()
+
+
+class Overlap(NamedTuple):
+    """Shares in [0, 1], but density: about 1 for two samples of one cloud, more in its middle."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+@torch.no_grad()
+def overlap(real: Tensor, made: Tensor, k: int = 5) -> Overlap:
+    """How much of `made` [m, d] looks real, and how much of `real` [n, d] is reached.
+
+    Around each point lies a ball that reaches its k-th neighbour in its own cloud. precision is
+    the share of made points in a ball of real ones, recall the share of real in a ball of made
+    ones. density counts the real balls around a made point, over k; coverage is the share of real
+    balls with a made point: an outlier with its large ball raises them less. All grow or fall
+    with n, m and k: compare at equal ones.
+    In float64; memory for m x n distances, twice.
+    Raises ValueError for shapes that do not fit, values that are not finite, k outside 1…n - 1.
+    Source: arXiv 1904.06991 (precision, recall), arXiv 2002.09797 (density, coverage).
+    """
+    radii = []
+    for name, x in (("real", real), ("made", made)):
+        if x.dim() != 2 or x.shape[1:] != real.shape[1:] or not x.isfinite().all():
+            raise ValueError(f"{name} must be finite features [n, d], got {list(x.shape)}")
+        if not 1 <= k < len(x):
+            raise ValueError(f"k must be in 1…{len(x) - 1}, the other rows of {name}, got {k}")
+        # The nearest of all is the row itself.
+        radii.append(torch.cdist(x.double(), x.double()).kthvalue(k + 1).values)
+    distance = torch.cdist(made.double(), real.double())
+    inside, reached = distance <= radii[0], distance <= radii[1][:, None]
+    shares = inside.any(1), reached.any(0), inside.sum(1) / k, inside.any(0)
+    return Overlap(*(share.double().mean().item() for share in shares))

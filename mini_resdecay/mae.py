@@ -134,6 +134,13 @@ class MAE(nn.Module):
             raise ValueError(f'encoder depth must be even for arch="{arch}", got {depth}')
         if arch == "paper" and not isinstance(encoder.norm, nn.Identity):
             raise ValueError('encoder must have final_norm=False for arch="paper", got True')
+        if decoder_depth < 1:
+            raise ValueError(f"decoder_depth must be at least 1, got {decoder_depth}")
+        if decoder_dim < 4 or decoder_dim % 4:
+            raise ValueError(f"decoder_dim must be a multiple of 4 above 0, got {decoder_dim}")
+        if decoder_heads < 1 or decoder_dim % decoder_heads:
+            wanted = f"decoder_heads must divide decoder_dim {decoder_dim}"
+            raise ValueError(f"{wanted}, got {decoder_heads}")
         self.encoder, self.arch = encoder, arch
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         channels, side, _ = encoder.stem.shape

@@ -198,9 +198,30 @@ def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
 
 def versus(a: Sequence[Run], b: Sequence[Run], metric: str) -> str:
     """`compare` in words, over the seeds that both arms have: "n=3 +0.206±0.068*"."""
+    left, right = _shared(a, b)
+    return f"n={len(left)} {compare(left, right, metric) if len(left) > 1 else 'no interval'}"
+
+
+def decided(a: Sequence[Run], b: Sequence[Run], metric: str, points: float = 0.01) -> bool:
+    """Whether a is above b in all paired seeds, and on average by `points` and 2 pooled deviations.
+
+    The rule of the study `mae`. Pairs are the seeds that both arms have; the pooled deviation is
+    √((sd(a)² + sd(b)²) / 2) over these. "Above" is strict; a mean difference of just `points` or
+    2 deviations, up to rounding, is enough. Not being decided is no evidence for b.
+    Raises ValueError for fewer than two pairs, or a seed that an arm has twice.
+    """
+    left, right = _shared(a, b)
+    gap = compare(left, right, metric).mean
+    pooled = math.sqrt(mean(summary(arm, metric)[1] ** 2 for arm in (left, right)))
+    above = (value(x, metric) > value(y, metric) for x, y in zip(left, right, strict=True))
+    return all(above) and gap >= max(points, 2 * pooled) - 1e-9
+
+
+def _shared(a: Sequence[Run], b: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of the seeds that both arms have, by seed."""
     seeds = {run.seed for run in a} & {run.seed for run in b}
     left, right = ([run for run in arm if run.seed in seeds] for arm in (a, b))
-    return f"n={len(seeds)} {compare(left, right, metric) if len(seeds) > 1 else 'no interval'}"
+    return sorted(left, key=lambda run: run.seed), sorted(right, key=lambda run: run.seed)
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:

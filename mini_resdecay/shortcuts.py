@@ -43,8 +43,7 @@ def alpha_schedule(
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
-    if not 0 < alpha_min <= 1:
-        raise ValueError(f"alpha_min must lie in (0, 1], got {alpha_min}")
+    _share("alpha_min", alpha_min)
     ramp = RAMPS.get(known("kind", kind, KINDS), RAMPS["linear"])
     n = depth * {"sublayer": 2, "block": 1}[known("per", per, ("sublayer", "block"))]
     alphas = tuple(alpha_min + (1 - alpha_min) * ramp(k / max(n - 1, 1)) for k in range(n))
@@ -53,6 +52,12 @@ def alpha_schedule(
     if kind in ONLY and per == "block":
         raise ValueError(f'per must be "sublayer" for kind="{kind}", got "block"')
     return tuple(1.0 if kind in ONLY and kind != ONLY[k % 2] else a for k, a in enumerate(alphas))
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}")
+    return value
 
 
 def effective_alpha(alphas: Sequence[float]) -> float:
@@ -65,8 +70,11 @@ def branch_gains(alphas: Sequence[float], branch: float = 1.0) -> tuple[float, .
 
     x_{k+1} = a_k x_k + b f_k(LN(x_k)) becomes y_{k+1} = y_k + g_k f_k(LN(y_k)) for the states
     y_k = x_k / (a_0 ... a_{k-1}), where g_k = b / (a_0 ... a_k) and b is `branch`. The equality
-    is exact once the norms are rescaled too: `rescale_norms`.
+    is exact once the norms are rescaled too: `rescale_norms`. Factors above 1 are allowed here.
+    Raises ValueError for a factor that is not above 0 and finite.
     """
+    if not all(0 < alpha < math.inf for alpha in alphas):
+        raise ValueError(f"alphas must be above 0 and finite, got {alphas}")
     return tuple(branch / kept for kept in accumulate(alphas, lambda kept, alpha: kept * alpha))
 
 
@@ -79,8 +87,7 @@ def suggest_alpha_min(
     Raises ValueError for a target outside (0, 1] or below what any `alpha_min` gives, as it is
     for attention alone in a few blocks, or if there is only one factor (always 1).
     """
-    if not 0 < target <= 1:
-        raise ValueError(f"target must lie in (0, 1], got {target}")
+    _share("target", target)
     if len(alpha_schedule(depth, 1.0, kind, per)) == 1:
         raise ValueError('depth must be at least 2 for per="block": one factor alone is 1')
 
@@ -107,9 +114,7 @@ class Decay(nn.Module):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
-        self.alpha = alpha
+        self.alpha = _share("alpha", alpha)
 
     def forward(self, x: Tensor, branch: Branch, norm: nn.Module) -> Tensor:
         kept = x if self.alpha == 1 else self.alpha * x
@@ -127,7 +132,7 @@ class Learned(nn.Module):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.alpha = nn.Parameter(torch.tensor(float(_share("alpha", alpha))))
 
     def forward(self, x: Tensor, branch: Branch, norm: nn.Module) -> Tensor:
         return self.alpha * x + branch(norm(x))
@@ -136,13 +141,15 @@ class Learned(nn.Module):
 class IdentityDrop(nn.Module):
     """`Decay` by chance: in training each sample keeps its whole state with probability `alpha`.
 
-    In evaluation it is `Decay`, which is its mean where branches are linear. Drawn from torch's
-    own generator, as dropout is. Source: a question in the reviews of arXiv 2404.10947.
+    In evaluation it is `Decay`, which is its mean where branches are linear. Drawn, as dropout
+    is, from torch's global generator of each process and device: unlike batches and mask noise,
+    the draws depend on the number of processes.
+    Source: a question in the reviews of arXiv 2404.10947.
     """
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha = _share("alpha", alpha)
 
     def forward(self, x: Tensor, branch: Branch, norm: nn.Module) -> Tensor:
         share = x.new_full((len(x),) + (1,) * (x.dim() - 1), self.alpha)

@@ -7,6 +7,7 @@ factors are counted by sub-layer. Source: arXiv 2010.11929; positions and names 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +24,8 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     The first half of the channels tells the column, the second the row, each as the sines, then
     the cosines of dim / 4 frequencies. Raises ValueError if dim is no multiple of 4.
     """
-    if dim % 4:
-        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim must be a multiple of 4 above 0, got {dim}")
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
@@ -42,12 +43,14 @@ class Stem(nn.Module):
         super().__init__()
         if not 1 <= patch_size <= image_size or image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
         side = image_size // patch_size
-        self.embed = nn.Linear(channels * patch_size**2, dim)
-        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(dim, side, side))
+        self.embed = nn.Linear(channels * patch_size**2, dim)
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         if images.shape[1:] != self.shape:
@@ -107,6 +110,10 @@ def make_blocks(
     dim: int, heads: int, rules: Sequence[nn.Module], eps: float = 1e-6, mlp_ratio: float = 4
 ) -> nn.ModuleList:
     """One pre-norm `Residual` a rule: attention and MLP in turn."""
+    if not 1 <= mlp_ratio * dim < math.inf:
+        raise ValueError(f"mlp_ratio must give 1 or more of {dim} channels, got {mlp_ratio}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be 0 or more and finite, got {eps}")
     return nn.ModuleList(
         Residual(
             MLP(dim, int(mlp_ratio * dim)) if k % 2 else Attention(dim, heads),
@@ -122,8 +129,8 @@ class ViT(nn.Module):
 
     `alpha_min` < 1 makes the shortcut decay, sub-layer by sub-layer, along the schedule `kind`.
     `zero_init` starts every branch at zero. Xavier-uniform weights, zero biases.
-    Raises ValueError for sizes that do not divide, depth < 1, and a shortcut that cannot use
-    `alpha_min`.
+    Raises ValueError for sizes that do not divide or are not above 0, a negative `eps`, and a
+    shortcut that cannot use `alpha_min`.
     """
 
     def __init__(

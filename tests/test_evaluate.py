@@ -1,7 +1,9 @@
-"""Neighbours, probe, fine-tuning and Fréchet distance: known answers, scikit-learn, bad input."""
+"""Neighbours, probe, fine-tuning, two clouds: known answers, scikit-learn, bad input."""
 
 import copy
 import math
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,20 +13,24 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from mini_resdecay import evaluate
 from mini_resdecay.data import load
 from mini_resdecay.evaluate import (
     Probe,
     feature_sources,
+    fid,
     fine_tuning_groups,
     frechet_distance,
     knn_accuracy,
     linear_probe,
+    moments,
+    overlap,
     standardised,
 )
 from mini_resdecay.train import fit, loss_step, make_state
@@ -354,15 +360,15 @@ def test_bad_input_of_fine_tuning_is_named():
 # --- Fréchet distance --------------------------------------------------------------------------
 
 
-def moments(mean: list, covariance: list) -> tuple[Tensor, Tensor]:
+def normal(mean: list, covariance: list) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean).double(), torch.tensor(covariance, dtype=torch.float64)
 
 
 def test_D17_known_answers():
     one, four = (torch.zeros(3), torch.eye(3)), (torch.ones(3), 4 * torch.eye(3))
     assert frechet_distance(one, four) == pytest.approx(6, abs=1e-12)
-    a = moments([0, 0], [[2, 0.5], [0.5, 1]])
-    b = moments([1, -1], [[1, -0.3], [-0.3, 2]])
+    a = normal([0, 0], [[2, 0.5], [0.5, 1]])
+    b = normal([1, -1], [[1, -0.3], [-0.3, 2]])
     assert frechet_distance(a, b) == pytest.approx(2.575425893305, abs=1e-11)
     assert frechet_distance(b, a) == pytest.approx(2.575425893305, abs=1e-11)
 
@@ -388,8 +394,8 @@ def test_D17_features_and_their_moments_give_what_scipy_gives():
     ("cloud", "message"),
     [
         (torch.ones(1, 2), "n >= 2"),
-        (torch.ones(4), r"n >= 2.*got mean \[\]"),
-        (torch.ones(4, 2, 2), r"got mean \[2, 2\]"),
+        (torch.ones(4), r"features must be \[n, d\] of one width, got \[4\]"),
+        (torch.ones(4, 2, 2), r"features must be \[n, d\].*got \[4, 2, 2\]"),
         (torch.full((4, 2), math.nan), "must be finite"),
         ((torch.zeros(3), torch.eye(2)), r"got mean \[3\] and covariance \[2, 2\]"),
         ((torch.full((2,), math.nan), torch.eye(2)), "must be finite"),
@@ -402,13 +408,160 @@ def test_bad_clouds_are_named(cloud, message):
         frechet_distance(torch.randn(9, 2), copy.copy(cloud))
 
 
+# --- moments in one pass ------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    dim=st.integers(1, 9),
+    offset=st.sampled_from([0.0, 1e3]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_D17_moments_of_batches_are_those_of_numpy(sizes, dim, offset, seed):
+    x = clouds(sum(sizes) + 1, seed, dim)[0].double() + offset
+    mean, covariance = moments(x.split([*sizes, 1]))
+    assert mean.dtype == covariance.dtype == torch.float64
+    np.testing.assert_allclose(mean, x.numpy().mean(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(covariance, np.cov(x.numpy().T).reshape(dim, dim), atol=1e-11)
+
+
+def test_moments_keep_their_digits_far_from_zero():
+    x = clouds(3000)[0]
+    near, far = moments([x.double()]), moments((x.double() + 1e6).split(700))
+    torch.testing.assert_close(far[1], near[1], atol=1e-8, rtol=0)
+    half = moments(x.half().split(700))
+    assert torch.equal(half[1], moments(x.half().double().split(700))[1])
+
+
+def test_moments_forget_the_batches():
+    alive: list[weakref.ref] = []
+
+    def batches() -> Iterator[Tensor]:
+        for seed in range(20):
+            x = clouds(50, seed)[0]
+            alive.append(weakref.ref(x))
+            assert sum(ref() is not None for ref in alive) <= 2  # this one and the last
+            yield x
+            del x
+
+    found = moments(batches())
+    whole = torch.cat([clouds(50, seed)[0] for seed in range(20)])
+    assert frechet_distance(found, whole) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches must hold at least one batch, got none"),
+        ([torch.ones(3)], r"features must be \[n, d\] of one width, got \[3\]"),
+        ([torch.ones(0, 3)], r"of one width, got \[0, 3\]"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], r"of one width, got \[2, 4\]"),
+    ],
+)
+def test_bad_batches_are_named(batches, message):
+    with pytest.raises(ValueError, match=message):
+        moments(batches)
+
+
+class Pixels(nn.Module):
+    """Features that anyone can check: the images themselves."""
+
+    num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features")
+def test_D17_distance_is_that_of_torchmetrics():
+    real, made = clouds(400, 0, 12)[0], 0.7 * clouds(300, 1, 12)[0] + 0.3
+    found = fid(Pixels(), real.view(-1, 3, 2, 2).split(90), made.view(-1, 3, 2, 2).split(90))
+    assert found == pytest.approx(frechet_distance(real, made), rel=1e-5)
+    by_hand = FrechetInceptionDistance(Pixels())
+    by_hand.update(real.view(-1, 3, 2, 2), real=True)
+    by_hand.update(made.view(-1, 3, 2, 2), real=False)
+    assert found == pytest.approx(by_hand.compute().item(), rel=1e-6)
+
+
+# --- overlap of two clouds ----------------------------------------------------------------------
+
+
+def test_overlap_known_answer():
+    """On a line: balls of radius 1 around 0, 1, 2 and of 8 around 10; then of 2, 2 and 5."""
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    made = torch.tensor([[1.5], [3.5], [8.5]])
+    found = overlap(real, made, k=1)
+    # 1.5 is in the balls of 1 and 2; 3.5 and 8.5 in that of 10 alone: 4 balls for 3 points.
+    assert found.precision == 1.0 and found.density == pytest.approx(4 / 3)
+    # From 1.5: 1 and 2 and 0; from 3.5: 2; from 8.5: 10.
+    assert found.recall == 1.0
+    assert found.coverage == 0.75  # nothing made lies within 1 of 0
+
+
+@given(
+    n=st.integers(6, 60),
+    m=st.integers(6, 60),
+    k=st.integers(1, 5),
+    apart=st.sampled_from([0.0, 1.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_overlap_is_what_neighbours_of_scikit_learn_say(n, m, k, apart, seed):
+    real, made = clouds(n, seed, 3)[0].double(), clouds(m, seed + 1, 3)[0].double() + apart
+    trees = [NearestNeighbors().fit(x) for x in (real, made)]
+    radii = [tree.kneighbors(n_neighbors=k)[0][:, -1] for tree in trees]
+
+    def in_balls(points: Tensor, tree: NearestNeighbors, radius: np.ndarray) -> np.ndarray:
+        distance, index = tree.kneighbors(points, n_neighbors=len(radius))
+        return (distance <= radius[index]).sum(1)
+
+    in_real, in_made = in_balls(made, trees[0], radii[0]), in_balls(real, trees[1], radii[1])
+    nearest = trees[1].kneighbors(real, n_neighbors=1)[0][:, 0]
+    expected = (in_real > 0).mean(), (in_made > 0).mean(), in_real.mean() / k
+    assert overlap(real, made, k) == pytest.approx((*expected, (nearest <= radii[0]).mean()))
+
+
+def test_overlap_tells_missing_modes_from_bad_points():
+    real = torch.cat([clouds(400, 0)[0], clouds(400, 1)[0] + 30])
+    half, wild = clouds(800, 2)[0], torch.cat([clouds(400, 3)[0], clouds(400, 4)[0] - 30])
+    found = overlap(real, half)
+    assert found.precision > 0.9 and found.recall < 0.55 and found.coverage < 0.55
+    found = overlap(real, torch.cat([real + 0.01, wild]))
+    assert found.precision < 0.8 and found.recall > 0.95 and found.coverage > 0.95
+    same = overlap(clouds(800, 5)[0], clouds(800, 6)[0])
+    assert min(same) > 0.8 and same.density == pytest.approx(1, abs=0.15)
+    nothing = overlap(real, real - 1000)
+    assert nothing == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"made": torch.ones(9, 3)}, r"made must be finite features \[n, d\], got \[9, 3\]"),
+        ({"real": torch.ones(9)}, r"real must be finite features \[n, d\], got \[9\]"),
+        ({"made": torch.full((9, 2), math.nan)}, "made must be finite features"),
+        ({"k": 0}, "k must be in 1…8, the other rows of real, got 0"),
+        ({"k": 7, "made": torch.ones(7, 2)}, "k must be in 1…6, the other rows of made, got 7"),
+    ],
+)
+def test_bad_input_of_overlap_is_named(changes, message):
+    given = {"real": torch.randn(9, 2), "made": torch.randn(9, 2), "k": 3}
+    with pytest.raises(ValueError, match=message):
+        overlap(**(given | changes))
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"lrs": (0.0,)}, {"lrs": (float("nan"),)}, {"weight_decays": (-0.1,)}],
+    [
+        {"steps": 0},
+        *({"lrs": lrs} for lrs in ((), (0.0,), (math.nan,), (1e-3, math.inf))),
+        *({"weight_decays": decays} for decays in ((), (-0.1,), (math.nan,), (0.0, math.inf))),
+    ],
 )
 def test_a_grid_that_trains_nothing_is_named(wrong):
     x, y = torch.randn(20, 3), torch.arange(20) % 2
-    with pytest.raises(ValueError, match="steps must be at least 1, lrs above 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, lrs above 0, .*got"):
         linear_probe(x, y, x, y, **wrong)
 
 

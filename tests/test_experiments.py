@@ -24,7 +24,7 @@ BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
 # Studies of which every seed is recorded; of others, what is there is checked.
 IN_THE_BOOK = [name for name, one in EXPERIMENTS.items() if one.study in ("spiral", "reuse")]
-# Of these the first five losses are computed again: every study, both nets, both kinds of step.
+# Of these the first five losses are computed again: every study, every kind of net and of step.
 REPLAYED = [
     "spiral-relu",
     "spiral-tanh-two-stage",
@@ -32,6 +32,7 @@ REPLAYED = [
     "reuse-cifar10",
     "droppath-fashion-mnist-cnn-mixture",
     "droppath-fashion-mnist-vit-two-stage",
+    "mae-standard",
     "mae-decay",
     "decay-rates-taps",
 ]
@@ -726,6 +727,18 @@ def test_record_fits_the_schema_and_its_experiment(path):
     assert path.name == f"{run.arm}-s{run.seed}.json"
 
 
+@pytest.mark.parametrize("study", sorted({path.parent.name for path in RECORDED}))
+def test_records_cost_what_their_experiments_say(study):
+    """Memory of each run; time of the quickest alone, since most shared their machine."""
+    shares = []
+    for run in results.load_runs(study, root=BOOK):
+        one = EXPERIMENTS[f"{study}-{run.arm}"]
+        if one.tiers[run.recipe["tier"]] == one.tiers["t4"] and run.device.startswith("CPU"):
+            assert run.peak_memory_gib <= 1.2 * one.memory_gib, (run.arm, run.seed)
+            shares.append(run.seconds / 60 / one.minutes)
+    assert min(shares) <= 1.3
+
+
 @pytest.mark.parametrize("name", IN_THE_BOOK)
 def test_every_seed_of_an_experiment_is_recorded(name):
     one = EXPERIMENTS[name]
@@ -734,6 +747,10 @@ def test_every_seed_of_an_experiment_is_recorded(name):
 
 def test_shipped_index_is_that_of_the_records():
     assert results.INDEX.read_text() == results.index(BOOK)
+
+
+def test_every_recorded_study_is_replayed():
+    assert {path.parent.name for path in RECORDED} <= {EXPERIMENTS[n].study for n in REPLAYED}
 
 
 @pytest.mark.parametrize("name", REPLAYED)
@@ -751,4 +768,5 @@ def test_first_five_losses_of_a_record_replay(name):
         images = data.load(recipe.data, "train").subset(recipe.images, 0)
         assert results.check_fingerprint(run, images.fingerprint)
     losses = experiments.first_losses(recipe, run.seed, images)
+    assert len(losses) == len(run.first_losses) == 5
     torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)

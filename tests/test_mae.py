@@ -583,9 +583,11 @@ def test_a_nan_in_any_pixel_is_a_nan_in_the_loss():
         ({"arch": "paper", "depth": 3}, 'encoder depth must be even for arch="paper", got 3'),
         ({"arch": "bridge", "depth": 3}, 'encoder depth must be even for arch="bridge", got 3'),
         ({"arch": "paper", "final_norm": True}, 'final_norm=False for arch="paper", got True'),
-        ({"decoder": (8, 0, 2)}, "depth must be at least 1, got 0"),
-        ({"decoder": (8, 2, 3)}, "heads must divide dim 8, got 3"),
-        ({"decoder": (6, 2, 2)}, "dim must be a multiple of 4, got 6"),
+        ({"decoder": (8, 0, 2)}, "decoder_depth must be at least 1, got 0"),
+        ({"decoder": (8, 2, 3)}, "decoder_heads must divide decoder_dim 8, got 3"),
+        ({"decoder": (8, 2, 0)}, "decoder_heads must divide decoder_dim 8, got 0"),
+        ({"decoder": (6, 2, 2)}, "decoder_dim must be a multiple of 4 above 0, got 6"),
+        ({"decoder": (0, 2, 2)}, "decoder_dim must be a multiple of 4 above 0, got 0"),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, message):

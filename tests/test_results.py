@@ -23,6 +23,7 @@ from mini_resdecay.results import (
     Run,
     check_fingerprint,
     compare,
+    decided,
     environment,
     index,
     load_runs,
@@ -440,6 +441,40 @@ def test_versus_takes_the_seeds_that_both_arms_have() -> None:
     a, b = with_metric([1.0, 2.0, 4.0], "plain"), with_metric([0.0, 1.5], "decay", first=1)
     assert versus(a, b, "test.accuracy") == f"n=2 {paired_interval([2, 4], [0, 1.5])}"
     assert versus(a, b[:1], "test.accuracy") == "n=1 no interval"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "points", "told"),
+    [
+        ([0.60, 0.62, 0.61], [0.50, 0.52, 0.51], 0.01, True),
+        ([0.50, 0.52, 0.51], [0.60, 0.62, 0.61], 0.01, False),  # below: not for a
+        ([0.60, 0.62, 0.50], [0.50, 0.52, 0.51], 0.01, False),  # one seed below
+        ([0.60, 0.62, 0.51], [0.50, 0.52, 0.51], 0.01, False),  # one seed level: "above" is strict
+        ([0.29, 0.29], [0.28, 0.28], 0.01, True),  # just a point is "by 1 point", rounding aside
+        ([0.289, 0.289], [0.28, 0.28], 0.01, False),
+        ([0.289, 0.289], [0.28, 0.28], 0.005, True),
+        ([5.0, 6.0, 7.0], [3.0, 4.0, 5.0], 0.01, True),  # deviations 1 and 1: a gap of just 2
+        ([5.0, 6.0, 7.0], [3.1, 4.1, 5.1], 0.01, False),
+        ([9.0, 17.0], [4.0, 5.0], 0.01, True),  # deviations √32 and √.5, pooled √16.25: 8.5 > 8.06
+        ([9.0, 17.0], [5.0, 6.0], 0.01, False),  # 7.5 < 8.06
+    ],
+)
+def test_decided_is_the_rule_of_the_masked_study(
+    a: list[float], b: list[float], points: float, told: bool
+) -> None:
+    left, right = with_metric(a), with_metric(b, "decay")
+    assert decided(left, right[::-1], "test.accuracy", points) is told
+
+
+def test_decided_pairs_the_seeds_that_both_arms_have() -> None:
+    a, b = with_metric([0.0, 0.6, 0.62]), with_metric([0.5, 0.52, 0.9], "decay", first=1)
+    assert decided(a, b, "test.accuracy")  # the seeds 0 and 3 have no partner
+    with pytest.raises(ValueError, match=r"two or more pairs, got shapes \(1,\)"):
+        decided(a[:2], b, "test.accuracy")
+    with pytest.raises(ValueError, match="two or more pairs"):
+        decided([], b, "test.accuracy")
+    with pytest.raises(ValueError, match=r"each once; got \[1, 1, 2\] and \[1, 2\]"):
+        decided([a[1], *a], b, "test.accuracy")
 
 
 def test_an_interval_has_a_star_where_it_excludes_zero() -> None:

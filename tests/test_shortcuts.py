@@ -235,8 +235,9 @@ def test_depth_below_one_is_an_error(depth):
 def test_alpha_outside_its_range_is_an_error(alpha_min):
     with pytest.raises(ValueError, match=rf"alpha_min must .*\(0, 1\].*{alpha_min}"):
         alpha_schedule(4, alpha_min)
-    with pytest.raises(ValueError, match=rf"alpha must .*\(0, 1\].*{alpha_min}"):
-        SHORTCUTS["decay"](alpha_min)
+    for rule in ("decay", "learned", "identity-drop"):
+        with pytest.raises(ValueError, match=rf"alpha must .*\(0, 1\].*{alpha_min}"):
+            SHORTCUTS[rule](alpha_min)
 
 
 def test_unknown_schedule_names_are_errors_that_suggest():
@@ -346,6 +347,15 @@ def test_D20_identity_drop_keeps_all_of_a_sample_or_nothing():
     assert (kept == kept[:, :1]).all()
     assert kept[:, 0].mean().item() == pytest.approx(0.8 * 0.6 * 0.4, abs=0.1)
     assert torch.allclose(vit.eval()(images), 0.8 * 0.6 * 0.4 * x, rtol=1e-12, atol=0)
+
+
+def test_identity_drop_draws_from_the_global_generator():
+    rule, x = SHORTCUTS["identity-drop"](0.5), torch.ones(64, 1)
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(rule(x, torch.zeros_like, nn.Identity()))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("name", ["scaled-sum", "branch-scaled"])
@@ -481,6 +491,13 @@ def test_D03_gain_profiles_of_the_other_forms():
     rising = branch_gains([half] * 8, branch=half)
     assert rising == pytest.approx([2 ** (k / 2) for k in range(8)])
     assert branch_gains([1.0] * 8, branch=half) == (half,) * 8
+
+
+@pytest.mark.parametrize("alpha", [0, -0.5, math.nan, math.inf])
+def test_gains_of_impossible_factors_are_an_error(alpha):
+    with pytest.raises(ValueError, match=rf"alphas must be above 0 and finite, got .*{alpha}"):
+        branch_gains((1, alpha))
+    assert branch_gains((2.0, 0.25)) == (0.5, 2.0)  # factors above 1 undo others
 
 
 @pytest.mark.parametrize(

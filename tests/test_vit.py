@@ -1,5 +1,7 @@
 """The ViT against known positions, against the one of Hugging Face, and against bad input."""
 
+import math
+
 import pytest
 import torch
 from transformers import ViTConfig, ViTModel
@@ -256,7 +258,16 @@ def test_classifier_reads_the_patches_alone():
         ({"patch_size": 3}, "patch_size must divide image_size 8, got 3"),
         ({"patch_size": 0}, "patch_size must divide image_size 8, got 0"),
         ({"heads": 3}, "heads must divide dim 16, got 3"),
-        ({"dim": 18, "heads": 2}, "dim must be a multiple of 4, got 18"),
+        ({"heads": 0}, "heads must divide dim 16, got 0"),
+        ({"dim": 18, "heads": 2}, "dim must be a multiple of 4 above 0, got 18"),
+        ({"dim": 0}, "dim must be a multiple of 4 above 0, got 0"),
+        ({"dim": -4}, "dim must be a multiple of 4 above 0, got -4"),
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio must give 1 or more of 16 channels, got 0"),
+        ({"mlp_ratio": 0.06}, "mlp_ratio must give 1 or more of 16 channels, got 0.06"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio must give 1 or more of 16 channels, got nan"),
+        ({"eps": -1.0}, "eps must be 0 or more and finite, got -1.0"),
+        ({"eps": math.nan}, "eps must be 0 or more and finite, got nan"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"alpha_min": 0.0}, r"alpha_min must lie in \(0, 1\], got 0.0"),
         ({"shortcut": "post-norm", "alpha_min": 0.5}, "alpha_min must be 1 for"),

@@ -44,7 +44,9 @@ def would_run(folder: Path, target: str) -> str:
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["help", "book", "test", "serve", "execute", "clean"])
+@pytest.mark.parametrize(
+    "target", ["help", "book", "test", "serve", "execute", "evidence", "clean"]
+)
 def test_targets_exist_and_help_names_them(target: str) -> None:
     would_run(ROOT, target)
     listed = subprocess.run([MAKE, "help"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -1,0 +1,1127 @@
+"""Write book/evidence.md: every claim of both papers, what was run, and the verdict by its rule.
+
+    python book/_tools/evidence.py                  from book/results
+    python book/_tools/evidence.py --results ROOT   from another folder of records
+    python book/_tools/evidence.py --out -          to the screen
+
+Claims, comparisons and rules are the data below; every number on the page is computed from the
+records. A test writes the page again and compares.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from mini_resdecay import REPO, __version__, results
+from mini_resdecay.experiments import EXPERIMENTS
+from mini_resdecay.results import Interval, Run
+
+BOOK = Path(__file__).resolve().parents[1]
+SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "the opposite"
+PARTLY, MIXED, NOT_RUN, HELD = "partly shown", "mixed", "not yet run", "exact"
+FEW_ARMS = "too few arms"  # for a correlation
+UNREAD = (NOT_RUN, FEW_ARMS)
+Runs = Mapping[tuple[str, str], Mapping[int, Run]]  # study and arm, then seed
+
+
+# ---- what a row is ----
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`arm` minus `control` in one metric, paired by seed; `sign` is the claimed direction.
+
+    `before` is the control's metric where it is another one (the untrained net's). A metric is a
+    path as in `results.value`; of a list the mean, max, last or largest fall: "max:trained.skip".
+    With a `margin` the claim is that nothing is lost beyond it.
+    """
+
+    label: str
+    study: str
+    arm: str
+    control: str
+    metric: str
+    sign: int = 1
+    before: str = ""
+    margin: float = 0.0
+    decides: bool = True
+    digits: int = 3
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms whose records it reads."""
+        return self.arm, self.control
+
+    def pairs(self, runs: Runs) -> list[tuple[float, float]]:
+        """The arm's number and the control's, one pair a seed that both have."""
+        left, right = (runs.get((self.study, arm), {}) for arm in self.arms)
+        seeds = sorted(left.keys() & right.keys())
+        before = self.before or self.metric
+        return [(number(left[s], self.metric), number(right[s], before)) for s in seeds]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Spearman's rank correlation of two metrics over arms, one a seed; compared with 0.
+
+    Fewer than six arms are not read.
+    """
+
+    label: str
+    study: str
+    arms: tuple[str, ...]
+    x: str
+    y: str
+    sign: int = 1
+    margin: float = 0.0
+    decides: bool = True
+    digits: int = 2
+
+    def pairs(self, runs: Runs) -> list[tuple[float, float]]:
+        """The correlation and 0, one pair a seed that all arms have."""
+        found = [runs.get((self.study, arm), {}) for arm in self.arms]
+        seeds = sorted(set.intersection(*map(set, found)))
+        read = [[[number(arm[s], m) for arm in found] for m in (self.x, self.y)] for s in seeds]
+        return [(correlation(x, y), 0.0) for x, y in read]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: whose it is, how sure we are that it is made, and what is compared.
+
+    `rule`: "every" comparison decides, "any" is enough, or "study", the rule of `fixed`, an
+    experiment whose rule was in the code before its runs. `needs`: what is still to be run.
+    `where`: chapters, behind each its figures: "5 fig-05-rates; 9".
+    """
+
+    number: str
+    title: str
+    claim: str
+    source: str
+    mark: str
+    controls: str = ""
+    compared: tuple[Comparison | Link, ...] = ()
+    rule: str = "every"
+    fixed: str = ""
+    needs: str = ""
+    note: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What follows from the definitions; held by tests and shown in a chapter's section."""
+
+    number: str
+    title: str
+    claim: str
+    about: str
+    tests: tuple[str, ...]
+    chapter: int
+    section: str
+
+
+class Line(NamedTuple):
+    """A comparison as the records have it."""
+
+    what: Comparison | Link
+    means: tuple[float, float] | None
+    gap: Interval | None
+    seeds: int
+    planned: int
+    reading: str
+
+
+MARKS = {
+    "stated": "stated there; the body is unread",
+    "verified": "verified there",
+    "second hand": "reported at second hand",
+    "unverified": "reported at second hand, unverified",
+    "reviews": "asked in public reviews, reported at second hand",
+    "derived": "derived for this book",
+}
+RULES = {
+    "every": "by the 95 % interval of each comparison; *shown* if all lie on the claimed side",
+    "any": "by the 95 % interval of each comparison; *shown* if at least one lies on the claimed "
+    "side, since the claim is about certain cases; some that point the other way do not refute it",
+    "study": "for lines marked *(rule)* that of the study, which says when a claim holds; *the "
+    "opposite* is our mirror image of it. For lines marked *(interval)* the 95 % interval",
+}
+VERDICTS = {
+    SHOWN: "by its rule the claim holds here, in every comparison that decides (where the claim is "
+    "about certain cases: in one)",
+    PARTLY: "some comparisons show it, the others show nothing",
+    MIXED: "some comparisons show it, and some show the opposite",
+    NOT_SHOWN: "no comparison that decides shows it; some may point the other way (all of them, "
+    "where the claim is about certain cases). An effect too small for so few seeds may be there",
+    OPPOSITE: "all comparisons that decide point the other way",
+    NOT_RUN: "fewer than two seeds are recorded, or no run was made",
+    HELD: "a statement that follows from the definitions, held by a test",
+}
+
+
+# ---- the claims ----
+
+# Nets: what a label says, the study, and the name of its arms.
+TOY = (("ReLU", "spiral", "relu-{}"), ("tanh", "spiral", "tanh-{}"))
+SMALL = (("ReLU, depth 6", "spiral", "small"),)
+REUSE = (("Fashion-MNIST, CNN", "reuse", "fashion-mnist"), ("CIFAR-10, CNN", "reuse", "cifar10"))
+FASHION = (
+    ("Fashion-MNIST, CNN", "droppath", "fashion-mnist-cnn-{}"),
+    ("Fashion-MNIST, ViT", "droppath", "fashion-mnist-vit-{}"),
+)
+CIFAR = (
+    ("CIFAR-10, CNN", "droppath", "cifar10-cnn-{}"),
+    ("CIFAR-10, ViT", "droppath", "cifar10-vit-{}"),
+)
+FEW = (("Fashion-MNIST, CNN, 500 images", "droppath", "fashion-mnist-cnn-{}-few"),)
+RATES = tuple(
+    (f"{title}, drop rate {rate / 100}", study, f"{net}-p{rate}")
+    for rate in (10, 50)
+    for title, study, net in FASHION
+)
+MASKED = (("", "mae", "{}"),)
+# Measures: name, path, and the claimed direction.
+HALF_BLOCKS = ("accuracy with half of the blocks", "trained.half", 1)
+HALF_PATHS = ("half of the paths", "trained.half", 1)
+SKIP = ("accuracy lost without a block, mean", "mean:trained.skip", -1)
+WORST = ("accuracy lost without a block, worst", "max:trained.skip", -1)
+REBOUND = ("rebound of CKA", "trained.rebound.cka", -1)
+FALL = ("fall of the probe", "fall:trained.probe", 1)
+ACCURACY = ("accuracy", "trained.accuracy", 1)
+KNN = ("kNN, last block", "trained.knn_last", 1)
+READERS = (
+    ("kNN, best block", "trained.knn_best", 1),
+    ("probe, last block", "trained.probe_last", 1),
+    ("probe, best block", "trained.probe_best", 1),
+)
+LOSS = ("masked loss", "trained.loss", -1)
+RANK = ("rank entropy", "last:trained.rank_entropy", -1)
+CENTRED = ("rank entropy, centred", "last:trained.rank_entropy_centred", -1)
+# Arms.
+BOTH = ("standard", "skips-only")
+DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
+
+
+def rows(
+    nets: Sequence[tuple[str, str, str]],
+    arm: str,
+    controls: Sequence[str],
+    *measures: tuple[str, str, int],
+    beside: bool = False,
+) -> tuple[Comparison, ...]:
+    """An arm minus each control, in every net and measure; `beside`: they do not decide.
+
+    An arm "" is the plain one, whose name is the net's. Labels name a control that is not alone.
+    """
+    against = beside or len(controls) > 1
+    return tuple(
+        Comparison(
+            f"{title}, {name}".removeprefix(", ") + f", against `{c or 'plain'}`" * against,
+            study,
+            net.format(arm).strip("-"),
+            net.format(c).strip("-"),
+            metric,
+            sign,
+            decides=not beside,
+        )
+        for c in controls
+        for title, study, net in nets
+        for name, metric, sign in measures
+    )
+
+
+def learned(
+    nets: Sequence[tuple[str, str, str]], *measures: tuple[str, str, int], digits: int = 3
+) -> tuple[Comparison, ...]:
+    """The trained net minus itself untrained."""
+    return tuple(
+        replace(row, before=row.metric.replace("trained", "init"), digits=digits)
+        for row in rows(nets, "", ("",), *measures)
+    )
+
+
+RESIDUAL_DROPPATH = (
+    Claim(
+        "A1",
+        "Similarity falls and rises again",
+        "Across the layers of a trained residual net similarity falls and then rises; this is read "
+        "as indirect evidence that features are transformed back and made again.",
+        "figure 3, caption",
+        "stated",
+        "the same net untrained; two activations; four measures; a small CNN on real images",
+        (
+            *learned(
+                TOY,
+                ("rebound of CKA", "trained.rebound.cka", 1),
+                ("rebound of centred cosine", "trained.rebound.centred_cosine", 1),
+                ("rebound of cosine", "trained.rebound.cosine", 1),
+            ),
+            *learned(REUSE, ("rebound of debiased CKA", "trained.rebound.debiased_cka", 1)),
+        ),
+        needs="trained nets of another width (untrained ones are in chapter 3)",
+        note="Much of what the picture shows is there before training: in raw cosine, and in CKA "
+        "for tanh. The rise in CKA of ReLU nets is not, and why it comes is open.",
+        where="3 fig-03-maps fig-03-images",
+    ),
+    Claim(
+        "A2",
+        "Distributions come back",
+        "After several layers the activations of a node reach a distribution that they had before.",
+        "figures 1 and 4, captions",
+        "stated",
+        "the same nets untrained; a strict count, in which the same points must come back too; "
+        "two activations, two depths",
+        learned(
+            TOY + SMALL,
+            ("returning nodes", "trained.returning", 1),
+            ("strict count", "trained.returning_paired", 1),
+            digits=1,
+        ),
+        note="A histogram that returns is not a feature that returns: shuffling the points keeps "
+        "every plain count and removes every strict one.",
+        where="2 fig-02-counts",
+    ),
+    Claim(
+        "A3",
+        "This loses information",
+        "Falling and rising could be bad for keeping information along depth.",
+        "captions",
+        "stated",
+        "the same nets untrained; for the correlation all eight arms of the toy. *Fall* is the "
+        "most that the accuracy of a linear probe loses on the way through the layers",
+        (
+            *learned(TOY + REUSE, FALL),
+            *(
+                Link(
+                    f"{act}, rebound with fall",
+                    "spiral",
+                    tuple(act.lower() + arm for arm in ("", "-plain-half", "-plain-eq", *DROPPING)),
+                    REBOUND[1],
+                    FALL[1],
+                )
+                for act in ("ReLU", "tanh")
+            ),
+        ),
+        needs="ten seeds, which the plan of this claim asks for",
+        note="A probe reads labels. What else is lost it cannot see.",
+        where="3 fig-03-probe",
+    ),
+    Claim(
+        "A4",
+        "Dropping paths enforces reuse",
+        "Training with randomly dropped layers makes the others build on features that they have.",
+        "abstract",
+        "stated",
+        "toy: `plain-half`, with 500 updates a block against about 800; beside it `plain`, with as "
+        "many steps. Images: `plain-eq`, of about equal compute, where no other is named",
+        (
+            *rows(TOY, "droppath", ("plain-half",), HALF_BLOCKS, SKIP, WORST, REBOUND),
+            *rows(CIFAR + FEW, "droppath", ("plain-eq",), HALF_PATHS),
+            *rows(FASHION, "droppath", ("plain-eq", "plain-half"), HALF_PATHS),
+            *rows(TOY, "droppath", ("",), HALF_BLOCKS, beside=True),
+        ),
+        note="Robustness to missing blocks is what reuse would predict. It is also what small or "
+        "interchangeable blocks would predict.",
+        where="4 fig-04-half fig-04-skip",
+    ),
+    Claim(
+        "A5",
+        "The second stage, with frozen parts, adds to it",
+        "Training the dropped parts while the kept ones are frozen makes the dropped ones learn "
+        "with reuse in mind.",
+        "abstract",
+        "stated",
+        "`mixture`: the same drops and as many updates a block, nothing frozen. Beside it: "
+        "`random-freeze`, without the link between dropped and trained; `no-freeze`, with more "
+        "updates; `droppath`, without a second stage, with about equal compute and more updates. "
+        "The drop rate is 0.2 where no other is named",
+        (
+            *rows(TOY, "two-stage", ("mixture",), HALF_BLOCKS, SKIP, REBOUND),
+            *rows(FASHION + CIFAR + RATES, "two-stage", ("mixture",), HALF_PATHS),
+            *rows(TOY, "two-stage", ("random-freeze", "droppath"), HALF_BLOCKS, beside=True),
+            *rows(FASHION, "two-stage", ("random-freeze", "no-freeze"), HALF_PATHS, beside=True),
+        ),
+        note="For SGD the mixture moves blocks in the same direction on average, to first order "
+        "(E6). What freezing adds is of second order.",
+        where="4 fig-04-survival fig-04-half",
+    ),
+    Claim(
+        "A6",
+        "Image classification improves in certain cases",
+        "The two-stage method improves the accuracy of residual nets in image classification, in "
+        "certain cases.",
+        "abstract",
+        "stated",
+        "`plain-eq`: plain training of equal compute. Beside it: `mixture`, the same without "
+        "freezing; `plain`, with as many batches. *500 images*: seen ten times as often, so that "
+        "plain nets overfit",
+        (
+            *rows(FASHION + CIFAR + FEW, "two-stage", ("plain-eq",), ACCURACY),
+            *rows(FASHION + CIFAR + FEW, "two-stage", ("mixture",), ACCURACY, beside=True),
+            *rows(FASHION, "two-stage", ("plain",), ACCURACY, beside=True),
+        ),
+        rule="any",
+        fixed="droppath-cifar10-cnn-two-stage",
+        needs="longer runs",
+        note="Our cells are few and all short. Certain cases that are not among them stay open.",
+        where="4 fig-04-images",
+    ),
+    Claim(
+        "A7",
+        "Shortcuts make deep nets trainable",
+        "Residual connections let gradients through, and so make deep nets trainable (a statement "
+        "of background).",
+        "abstract",
+        "stated",
+        "the same net and weights without shortcuts; in chapter 1 also weights drawn by He's rule",
+        rows(
+            (("depth 32", "spiral", "{}"),),
+            "relu",
+            ("plain",),
+            ("test accuracy", "trained.accuracy", 1),
+            ("training loss", "trained.train_loss", -1),
+        ),
+        note="This is the second half of the claim. Gradients by layer are measured live in "
+        "chapter 1, where they vanish in the plain net alone. There the *plain* net trains as well "
+        "if its weights are drawn by He's rule: at another start the claim is another.",
+        where="1 fig-gradient fig-control",
+    ),
+)
+
+DECAYED = (
+    Claim(
+        "B1",
+        "Decay makes features better",
+        "Shortcuts that weaken with depth make a masked autoencoder learn more abstract features. "
+        "The paper's figures, for a ViT-B/16 on ImageNet-1K: kNN accuracy from 27.4 % to 63.9 %, "
+        "linear probe from 67.8 % to 72.7 %.",
+        "abstract",
+        "verified",
+        "`standard`: the usual architecture, from the same zero initialisation; `skips-only`: the "
+        "architecture of decay with factors of 1. Floors: raw pixels, and the encoder untrained. "
+        "Beside the last block stands the best one",
+        (
+            *rows(MASKED, "decay", BOTH, KNN),
+            *rows(MASKED, "decay", BOTH, *READERS, beside=True),
+            *(
+                replace(row, label=f"kNN, last block, against {floor}", before=path)
+                for floor, path in (
+                    ("raw pixels", "trained.knn_pixels"),
+                    ("itself untrained", "init.knn_last"),
+                )
+                for row in rows(MASKED, "decay", ("decay",), KNN, beside=True)
+            ),
+        ),
+        rule="study",
+        fixed="mae-decay",
+        needs="a plain net whose learning rate is tuned as long as that of decay; five seeds; "
+        "longer runs, a deeper encoder, a second set of images",
+        note="Our encoder is far smaller, its training far shorter, and the images are another "
+        "set. A verdict is about that size, not about the paper's.",
+        where="5; 7; 8; 9",
+    ),
+    Claim(
+        "B2",
+        "It is the shortcut that matters, not the branch",
+        "Scaling shortcut and branch by √½ helps nearly as much as decay; scaling the branch alone "
+        "does not.",
+        "ablation table",
+        "second hand",
+        "√½ on both, √½ on the branch alone, decay; one architecture",
+        needs="both forms with long skips. The rules are in the library, the runs are not made",
+        note="E2 predicts the second half: a branch scaled by one number has a flat gain profile.",
+        where="5; 9",
+    ),
+    Claim(
+        "B3",
+        "A ramp beats a constant",
+        "Factors that fall linearly with depth do better than equal ones.",
+        "ablation table",
+        "second hand",
+        "a constant factor of equal product; √½ on both; a cosine ramp; attention alone, MLP alone",
+        needs="these arms with long skips. The schedules are in the library, the runs are not made",
+        note="On the spiral, without norms and features, a ramp still learns at a product where "
+        "equal factors no longer do (chapter 5, live).",
+        where="5 fig-05-spiral; 9",
+    ),
+    Claim(
+        "B4",
+        "Decay needs long skips",
+        "Without long skips from the encoder to the decoder, decay does harm.",
+        "ablation table",
+        "second hand",
+        "decay without skips against `standard` and `skips-only`",
+        needs="the arm of decay without skips",
+        where="7; 9",
+    ),
+    Claim(
+        "B5",
+        "A rival: long skips alone make features better",
+        "The long skips, which decay brought along, are what makes features better.",
+        "a question of reviewers",
+        "reviews",
+        "`skips-only` against `standard`, both with factors of 1",
+        (
+            *rows(MASKED, "skips-only", ("standard",), KNN),
+            *rows(MASKED, "skips-only", ("standard",), *READERS, LOSS, beside=True),
+        ),
+        note="What decay adds to the skips is in B1.",
+        where="7 fig-07-loss; 8; 9",
+    ),
+    Claim(
+        "B6",
+        "The product is the knob",
+        "Whatever the depth, decay works best if the product of all factors lies in one window.",
+        "text of the paper",
+        "second hand",
+        "sweeps of the last factor at several depths, drawn over the product; with and without "
+        "rescaled ε of the norms",
+        needs="the sweeps at depths 6 and 12",
+        note="On digits the product at which training loss is least moves with the learning rate "
+        "(chapter 5, live): a window found at one rate may not be one at another.",
+        where="5 fig-05-rates; 9",
+    ),
+    Claim(
+        "B7",
+        "Low rank goes with good features",
+        "Decay lowers the effective rank of the features, and low rank goes with abstraction.",
+        "text of the paper",
+        "second hand",
+        "rank of `decay` against the arms with factors of 1, as an entropy ρ in nats, the form "
+        "reported of the paper (chapter 8 prints dimensions, $e^\\rho$: 3.0 nats are 20); over the "
+        "arms of a seed, the rank correlation of rank and kNN accuracy. Untrained, each has the "
+        "rank of its stem (E5)",
+        (
+            *rows(MASKED, "decay", BOTH, RANK),
+            *rows(MASKED, "decay", BOTH, CENTRED, beside=True),
+            Link("rank with kNN, last block", "mae", (*BOTH, "decay"), RANK[1], KNN[1], -1),
+        ),
+        needs="more arms: three are too few for a correlation",
+        note="The mean of the features is one large singular value, so that the rank is better "
+        "centred (chapter 8); the centred lines were added after two seeds were read, and do not "
+        "decide. In nets with random branches, rank falls with the factor before any training "
+        "(chapter 5, live).",
+        where="5 fig-05-rank; 8; 9",
+    ),
+    Claim(
+        "B8",
+        "An echo of shallow features reaches deep layers",
+        "The identity carries shallow features into deep layers, where they hinder abstraction.",
+        "motivation of the paper",
+        "second hand",
+        "how well pixels can be read from the last state, with decay and without",
+        needs="a probe of the last state for pixels and high frequencies",
+        note="The weight of the stem in the last state is exact (E1). Whether it hinders is not "
+        "settled by that.",
+        where="5 fig-05-weights; 7; 9",
+    ),
+    Claim(
+        "B9",
+        "Decay stays trainable",
+        "Unlike a net without shortcuts, a decayed one trains well; only very small factors make "
+        "it unstable.",
+        "text of the paper",
+        "second hand",
+        "masked loss on unseen images, where decay may cost at most a margin of 0.02 (of nearly 1 "
+        "for predicting zero); the margin was fixed before the runs were read",
+        tuple(replace(row, margin=0.02) for row in rows(MASKED, "decay", BOTH, LOSS)),
+        needs="a sweep of the last factor to where training breaks, with and without rescaled ε",
+        note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
+        "without norms, at the step size with them.",
+        where="5 fig-05-rates fig-05-spiral; 9",
+    ),
+    Claim(
+        "B10",
+        "Fixed factors beat learned ones",
+        "If the factors are learned, they drift back to plain shortcuts, and features get worse.",
+        "ablation table",
+        "second hand",
+        "learned factors from 1, and from the ramp; weight decay on them on and off",
+        needs="these arms. The rule is in the library, the runs are not made",
+        where="9",
+    ),
+    Claim(
+        "B11",
+        "Decay helps diffusion models",
+        "Decay lowers the Fréchet distance of generated images and improves features inside the "
+        "model.",
+        "tables",
+        "second hand",
+        "a U-shaped transformer with factors of 1; √½; a tuned learning rate",
+        needs="the study",
+        where="11; 12",
+    ),
+    Claim(
+        "B12",
+        "Fine-tuning does not improve",
+        "After fine-tuning of the whole net decay is slightly worse than the usual autoencoder.",
+        "tables",
+        "second hand",
+        "fine-tuning of all arms, of the exported plain net (E4), and from scratch",
+        needs="the study",
+        where="9",
+    ),
+    Claim(
+        "B13",
+        "It is the shortcut that harms",
+        "What decay changes is the shortcut, rather than step sizes, taps or the ε of norms.",
+        "title of the paper, made precise here",
+        "derived",
+        "on `skips-only`: learning-rate groups on or off × taps scaled or not; both on is decay",
+        needs="the four arms",
+        note="E3 settles one half without a run: without taps, from zero initialisation, decay and "
+        "learning-rate groups are one and the same. If groups alone give the gain, the reading "
+        "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause.",
+        where="5 fig-05-equal; 9",
+    ),
+    Claim(
+        "B14",
+        "A small decayed net beats a large plain one",
+        "A decayed encoder has better linear probes than a plain one that is wider and deeper.",
+        "tables",
+        "second hand",
+        "encoders of two sizes, each with factors of 1 and with decay",
+        needs="the study",
+        where="14",
+    ),
+    Claim(
+        "B15",
+        "Features segment objects without labels",
+        "Unsupervised segmentation with features of the decayed net is better.",
+        "tables",
+        "unverified",
+        needs="not planned in this book",
+    ),
+    Claim(
+        "B16",
+        "Not for contrastive learning",
+        "Methods that want features of high rank, such as contrastive ones, do not gain.",
+        "limitations",
+        "second hand",
+        needs="not planned in this book",
+    ),
+    Claim(
+        "B17",
+        "Strong decay needs zero initialisation",
+        "Where the last factor is small, branches must start at zero, or norms grow early on.",
+        "text of the paper",
+        "second hand",
+        "decay from random branches",
+        needs="decay and its controls from random branches; all arms so far start at zero",
+        where="9",
+    ),
+)
+
+EXACT = (
+    Exact(
+        "E1",
+        "The product rule",
+        "A decayed net holds the stem's output with the product of all factors, and each branch "
+        "with the product of the factors behind it. With zero branches gradients follow it too.",
+        "B6, B8, B9",
+        (
+            "tests/test_shortcuts.py::test_D06_unrolled_identity",
+            "tests/test_shortcuts.py::test_D05_gradient_products_with_zero_branches",
+        ),
+        5,
+        "Build: the schedule and its product",
+    ),
+    Exact(
+        "E2",
+        "Decay is a branch that grows",
+        "A pre-norm net with decay has the states of a plain one whose branches are multiplied by "
+        "rising gains, up to one scale a layer, if the ε of the norms is rescaled.",
+        "B2, B13",
+        (
+            "tests/test_shortcuts.py::test_D03_gain_equivalence_forward",
+            "tests/test_shortcuts.py::test_D03_gain_profiles_of_the_other_forms",
+        ),
+        5,
+        "First equivalence: a branch that grows",
+    ),
+    Exact(
+        "E3",
+        "Decay is a learning rate that rises",
+        "Under AdamW, with rescaled ε, weight decay and Adam's ϵ and without clipping, a decayed "
+        "net trains as a plain one whose output projections learn faster with depth.",
+        "B1, B13",
+        (
+            "tests/test_shortcuts.py::test_D03_decay_is_a_gain_is_a_learning_rate",
+            "tests/test_shortcuts.py::test_D03_a_vit_of_hugging_face_follows_its_decayed_self",
+        ),
+        5,
+        "Second equivalence: a learning rate that rises",
+    ),
+    Exact(
+        "E4",
+        "A trained decayed encoder is a plain one",
+        "Gains folded into its weights, and ε set layer by layer, a plain vision transformer has "
+        "the same features.",
+        "B12",
+        ("tests/test_vit.py::test_D04_exported_encoder_is_a_plain_one_with_the_same_features",),
+        5,
+        "First equivalence: a branch that grows",
+    ),
+    Exact(
+        "E5",
+        "From zero initialisation nothing is lower at the start",
+        "The encoder passes on its input times the product, whatever the factors: the rank at step "
+        "0 is the input's.",
+        "B7",
+        ("tests/test_mae.py::test_D08_encoder_passes_on_its_input_times_the_product",),
+        5,
+        "Rank",
+    ),
+    Exact(
+        "E6",
+        "A pair follows the mixture to first order",
+        "Under SGD the mean step of a two-stage pair is that of the loss with dropped paths plus "
+        "the drop rate times the loss of the whole net.",
+        "A5",
+        ("tests/test_droppath.py::test_R29_the_mean_pair_follows_the_mixture_to_first_order",),
+        4,
+        "Explain",
+    ),
+    Exact(
+        "E7",
+        "A pair updates each block once",
+        "Whatever the mask: kept blocks in the first stage, dropped ones in the second.",
+        "A5, A6",
+        ("tests/test_droppath.py::test_R21_every_path_is_updated_once_a_pair",),
+        4,
+        "Counted: updates and cost",
+    ),
+    Exact(
+        "E8",
+        "Frozen is not cut off",
+        "Frozen weights and their optimizer state stay bit for bit, while gradients flow through "
+        "frozen blocks to earlier ones.",
+        "A5",
+        (
+            "tests/test_droppath.py::test_R20_frozen_weights_and_their_state_are_bit_identical",
+            "tests/test_droppath.py::test_R24_gradients_flow_through_frozen_paths",
+        ),
+        4,
+        "The algorithm beside its code",
+    ),
+    Exact(
+        "E9",
+        "What arms cost",
+        "Block-units of a pair and of its controls, counted; they say which plain run is one of "
+        "equal compute.",
+        "A6",
+        (
+            "tests/test_droppath.py::test_R37_cost_of_a_pair",
+            "tests/test_droppath.py::test_R37_cost_of_the_other_arms",
+        ),
+        4,
+        "Counted: updates and cost",
+    ),
+    Exact(
+        "E10",
+        "A histogram does not know its points",
+        "Shuffling the points of each layer keeps every return by histogram and ends those of "
+        "features.",
+        "A2",
+        ("tests/test_reuse.py::test_shuffling_each_layer_keeps_returns_by_histogram_only",),
+        2,
+        "Over training: the small net",
+    ),
+)
+CLAIMS = (*RESIDUAL_DROPPATH, *DECAYED)
+
+
+# ---- from records to verdicts ----
+
+
+def recorded(root: Path) -> Runs:
+    """All records under `root` that belong to an experiment, by study and arm, then seed."""
+    known = [(one.study, one.arm) for one in EXPERIMENTS.values()]
+    there = results.recorded(root)
+    found: dict[tuple[str, str], dict[int, Run]] = {}
+    for study in dict.fromkeys(study for study, arm in known if (study, arm) in there):
+        for run in results.load_runs(study, root=root):
+            found.setdefault((study, run.arm), {})[run.seed] = run
+    return {key: one for key, one in found.items() if key in known}
+
+
+def number(run: Run, metric: str) -> float:
+    """A number of a run, or the mean, max, last or largest fall of a list of numbers."""
+    kind, _, path = metric.rpartition(":")
+    if not kind:
+        return results.value(run, path)
+    part, name = path.split(".")
+    values = np.asarray(run.metrics[part][name])
+    falls = (np.maximum.accumulate(values) - values).max()
+    told = {"mean": values.mean(), "max": values.max(), "last": values[-1], "fall": falls}
+    return float(told[kind])
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    if min(len(set(x)), len(set(y))) == 1:
+        return 0.0
+    return float(spearmanr(x, y).statistic)
+
+
+def planned(what: Comparison | Link) -> int:
+    """How many seeds the experiments of all its arms have in common."""
+    names = [f"{what.study}-{arm}" for arm in what.arms]
+    return len(set.intersection(*(set(EXPERIMENTS[name].seeds) for name in names)))
+
+
+def by_interval(what: Comparison | Link, pairs: Sequence[tuple[float, float]]) -> str:
+    """Shown if the 95 % interval lies on the claimed side (of the margin), or the opposite."""
+    gap = results.paired_interval(*zip(*pairs, strict=True))
+    claimed = what.sign * gap.mean + what.margin
+    if abs(claimed) <= gap.half_width:
+        return NOT_SHOWN
+    return SHOWN if claimed > 0 else OPPOSITE
+
+
+def by_decision(what: Comparison | Link, pairs: Sequence[tuple[float, float]]) -> str:
+    """The rule of the study `mae`: every seed, a point on average, and two pooled deviations."""
+    gaps = [what.sign * (a - b) for a, b in pairs]
+    spread = math.sqrt(mean(stdev(side) ** 2 for side in zip(*pairs, strict=True)))
+    if abs(mean(gaps)) < max(0.01, 2 * spread) or len({gap > 0 for gap in gaps}) > 1:
+        return NOT_SHOWN
+    return SHOWN if mean(gaps) > 0 else OPPOSITE
+
+
+def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
+    """What the records say on one comparison."""
+    pairs = what.pairs(runs)
+    a, b = zip(*pairs, strict=True) if pairs else ((), ())
+    means = (mean(a), mean(b)) if pairs else None
+    few_arms = isinstance(what, Link) and len(what.arms) < 6
+    if len(pairs) < 2 or few_arms:
+        told = FEW_ARMS if few_arms else NOT_RUN
+        return Line(what, means, None, len(pairs), planned(what), told)
+    read = by_decision if claim.rule == "study" and what.decides else by_interval
+    gap = results.paired_interval(a, b)
+    return Line(what, means, gap, len(pairs), planned(what), read(what, pairs))
+
+
+def verdict(claim: Claim, lines: Sequence[Line]) -> str:
+    """The verdict of a row, from the readings of the comparisons that decide."""
+    read = [one.reading for one in lines if one.what.decides and one.reading not in UNREAD]
+    shown, opposite = read.count(SHOWN), read.count(OPPOSITE)
+    if not read:
+        return NOT_RUN
+    if shown == len(read) or (shown and claim.rule == "any"):
+        return SHOWN
+    if shown:
+        return MIXED if opposite else PARTLY
+    return OPPOSITE if opposite == len(read) and claim.rule != "any" else NOT_SHOWN
+
+
+# ---- the page ----
+
+
+def chapters() -> dict[int, str]:
+    """Number and file of every chapter in the table of contents."""
+    toc = (BOOK.parent / "_toc.yml").read_text(encoding="utf-8")
+    return {int(name[:2]): f"{name}.ipynb" for name in re.findall(r"file: book/(\d\d-.+)", toc)}
+
+
+def place(text: str) -> str:
+    """A link to a chapter, or that it is planned, and references to its figures."""
+    number, *figures = text.split()
+    file = chapters().get(int(number))
+    told = f"[chapter {number}]({file})" if file else f"chapter {number}, planned"
+    return ", ".join([told, *(f"{{numref}}`{name}`" for name in figures)])
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign; zero has none."""
+    text = plain(value, digits)
+    return "+" * (round(value, digits) > 0) + text
+
+
+def plain(value: float, digits: int) -> str:
+    """A number with that many digits, and no minus in front of a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def table_row(one: Line, rule: str) -> str:
+    """One comparison: means of control and arm, difference, reading and seeds."""
+    d, label = one.what.digits, f"{one.what.label}\u00a0{'↑' if one.what.sign > 0 else '↓'}"
+    label += "" if one.what.decides else " *(beside)*"
+    means = gap = "–"
+    if one.means and isinstance(one.what, Comparison):
+        means = f"{plain(one.means[1], d)} →\u00a0{plain(one.means[0], d)}"
+    if one.gap and one.gap.half_width < 1e-9:
+        gap = f"{signed(one.gap.mean, d)} in every seed"
+    elif one.gap:
+        gap = f"{signed(one.gap.mean, d)} ±\u00a0{plain(one.gap.half_width, d)} "
+        gap += f"({plain(one.gap.smallest_effect, d)})"
+    reading = "too few seeds" if one.seeds == 1 else one.reading
+    if rule == "study" and one.gap:
+        reading += " *(rule)*" if one.what.decides else " *(interval)*"
+    return f"| {label} | {means} | {gap} | {reading}, {one.seeds}/{one.planned} |"
+
+
+def so_far(claim: Claim, lines: Sequence[Line]) -> str:
+    """ ", so far" where runs that decide are missing, or kinds of runs."""
+    some = any(one.reading not in UNREAD for one in lines)
+    missing = any(one.seeds < one.planned for one in lines if one.what.decides)
+    return ", so far" if some and (missing or claim.needs) else ""
+
+
+def count(claim: Claim, lines: Sequence[Line]) -> str:
+    """How many of the comparisons that decide are shown, and how many are the opposite."""
+    read = [one.reading for one in lines if one.what.decides]
+    if set(read) <= set(UNREAD):
+        return ""
+    parts = [f"{read.count(SHOWN)} of {len(read)} comparisons shown"]
+    parts += [f"{n} {word}" for word in (OPPOSITE, *UNREAD) if (n := read.count(word))]
+    return f" ({', '.join(parts)})"
+
+
+def rule_of(claim: Claim) -> str:
+    """The rule in words; that of a study as it stands in the code."""
+    text = RULES[claim.rule]
+    if any(what.margin for what in claim.compared):
+        text += ", the margin granted"
+    if claim.fixed:
+        told = EXPERIMENTS[claim.fixed].expects.removeprefix("rule fixed before the runs: ")
+        text += f". Fixed in the code before the runs: “{told}”"
+    return text
+
+
+def listed(entries: Mapping[str, str]) -> str:
+    """A list of all entries that are not empty, each with its name."""
+    return "\n".join(f"- **{name}**: {text}" for name, text in entries.items() if text)
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return text and text[0].upper() + text[1:] + ("" if text[-1] in ".”" else ".")
+
+
+def claim_row(claim: Claim, lines: Sequence[Line], paper: str) -> str:
+    """A section of the page."""
+    head = f"(claim-{claim.number.lower()})=\n### {claim.number} {claim.title}\n"
+    told = verdict(claim, lines)
+    about = listed(
+        {
+            "Verdict": f"**{told}**{so_far(claim, lines)}{count(claim, lines)}",
+            "Claim": claim.claim,
+            "Source": f"{{cite:t}}`{paper}`, {claim.source}: {MARKS[claim.mark]}.",
+            "Controls": linked(sentence(claim.controls)),
+            "Rule": sentence(rule_of(claim)) if lines else "",
+        }
+    )
+    table = [table_row(one, claim.rule) for one in lines]
+    if table:
+        table = ["", "| Compared | Means | Difference | Reading |", "|:--|:--|:--|:--|", *table]
+    seeds = "the seeds missing above" * any(one.seeds < one.planned for one in lines)
+    studies = sorted({one.what.study for one in lines if one.seeds})
+    links = (f"[`{s}`]({REPO}/tree/v{__version__}/book/results/{s})" for s in studies)
+    rest = listed(
+        {
+            "Still to run": sentence("; ".join(filter(None, (seeds, claim.needs)))),
+            "Note": linked(claim.note),
+            "Where": "; ".join(map(place, filter(None, claim.where.split("; ")))),
+            "Records": ", ".join(links),
+        }
+    )
+    return "\n".join([head, about, *table, "", rest, ""])
+
+
+def exact_row(one: Exact) -> str:
+    """A section of what is exact: the tests and the place in the book."""
+    file, _, _ = one.tests[0].partition("::")
+    links = [f"[`{name.split('::')[1]}`]({REPO}/blob/v{__version__}/{file})" for name in one.tests]
+    about = listed(
+        {
+            "Verdict": f"**{HELD}**",
+            "Statement": one.claim,
+            "Tests": ", ".join(links),
+            "Bears on": ", ".join(reference(number) for number in one.about.split(", ")),
+            "Where": f"{place(str(one.chapter))}, section *{one.section}*",
+        }
+    )
+    return f"(claim-{one.number.lower()})=\n### {one.number} {one.title}\n\n{about}\n"
+
+
+def reference(number: str, text: str = "") -> str:
+    """A link to a row of this page."""
+    return f"{{ref}}`{text or number} <claim-{number.lower()}>`"
+
+
+def linked(text: str) -> str:
+    """Rows that a text names become links."""
+    return re.sub(r"\b[ABE]\d+\b", lambda found: reference(found[0]), text)
+
+
+def overview(rows: Sequence[tuple[Claim, Sequence[Line]]]) -> str:
+    """One line a claim: a link and the verdict."""
+    table = ["| Claim | Verdict |", "|:--|:--|"]
+    for claim, lines in rows:
+        link = reference(claim.number, f"{claim.number} {claim.title}")
+        table.append(f"| {link} | {verdict(claim, lines)}{so_far(claim, lines)} |")
+    return "\n".join(table)
+
+
+def studies(runs: Runs) -> str:
+    """One line a study: how much of it is recorded, on what, and for how long it ran."""
+    table = ["| Study | Recorded | Data, tier, device | Hours |", "|:--|:--|:--|--:|"]
+    for study in dict.fromkeys(study for study, _ in runs):
+        total = sum(len(one.seeds) for one in EXPERIMENTS.values() if one.study == study)
+        there = [run for (s, _), one in runs.items() if s == study for run in one.values()]
+        what = [
+            ", ".join(sorted({read(run) for run in there}))
+            for read in (
+                lambda run: f"{run.data['name']} ({run.data['train']} to train)",
+                lambda run: f"tier `{run.recipe['tier']}`",
+                lambda run: run.device,
+            )
+        ]
+        told = f"{len(there)} of {total} runs"
+        hours = f"{sum(run.seconds for run in there) / 3600:.1f}"
+        table.append(f"| {study} | {told} | {'; '.join(filter(None, what)) or '–'} | {hours} |")
+    return "\n".join(table)
+
+
+def tally(words: Sequence[str]) -> str:
+    """ "2 mixed, 1 shown": how often each verdict was given, in the order of the list above."""
+    return ", ".join(f"{n} {word}" for word in VERDICTS if (n := words.count(word)))
+
+
+def page(root: Path) -> str:
+    """The whole page, from the records under `root`."""
+    runs = recorded(root)
+    rows = [(claim, [line(claim, what, runs) for what in claim.compared]) for claim in CLAIMS]
+    papers = (
+        ("ResidualDroppath", "park2024residualdroppath", rows[: len(RESIDUAL_DROPPATH)]),
+        ("Decayed shortcuts", "zhang2024decayed", rows[len(RESIDUAL_DROPPATH) :]),
+    )
+    words = {title: [verdict(*row) for row in mine] for title, _, mine in papers}
+    text = HEAD.format(
+        tallies="; ".join(
+            f"{title}, {len(one)} claims: {tally(one)}" for title, one in words.items()
+        ),
+        claims=len(CLAIMS),
+        intervals=sum(one.gap is not None for _, lines in rows for one in lines),
+        verdicts=listed(VERDICTS),
+        overview=overview(rows),
+    )
+    for title, cite, mine in papers:
+        text += f"\n## {title}\n\n" + "\n".join(claim_row(*row, cite) for row in mine)
+    text += EXACT_HEAD + "\n".join(map(exact_row, EXACT))
+    return text + TAIL.format(studies=studies(runs), left=left(runs))
+
+
+def left(runs: Runs) -> str:
+    """What to type for studies that are begun and not complete, at the tier of their records."""
+    tiers = {run.study: run.recipe["tier"] for one in runs.values() for run in one.values()}
+    missing = dict.fromkeys(tiers, 0)
+    for one in EXPERIMENTS.values():
+        if one.study in tiers:
+            seeds = runs.get((one.study, one.arm), {})
+            missing[one.study] += sum(seed not in seeds for seed in one.seeds)
+    return "".join(
+        f"# {n} left of {study}\npython -m mini_resdecay run {study}-study "
+        f"--tier {tiers[study]} \\\n    --resume --out book/results\n"
+        for study, n in missing.items()
+        if n
+    )
+
+
+HEAD = """\
+% Written by book/_tools/evidence.py (`make evidence`). Do not edit: a test compares.
+
+# Evidence
+
+**{tallies}.**
+
+Here is every claim of the two papers that we know of, one row a claim: what was run for it,
+against which controls, with how many seeds, and the verdict. The numbers are computed from the
+recorded runs and the verdicts from the numbers, by a rule that stands in each row. Nobody types
+them, and a test writes the page again.
+
+**What a verdict is about.** Small nets, few images, short runs. It says what holds *here*. Of the
+first paper only abstract and captions were read, of the second the abstract and the code
+({{doc}}`references`). No verdict repeats or refutes an experiment of theirs, and what reached us at
+second hand is marked so.
+
+## How to read a row
+
+- **Compared**: the measure, and the control if the row has more than one; the arrow is the claimed
+  direction. Both sides share data, seeds and evaluation; where they differ in length, the controls
+  say so. *(beside)* marks what does not decide.
+- **Means**: control → {{term}}`arm`, over seeds.
+- **Difference**: arm minus control, paired by seed ({{term}}`paired difference`) and subtracted
+  before rounding, ± half of the 95 % interval. (A star in a chapter's table marks an interval
+  without 0. Behind a mean, chapters print the deviation over seeds with the same ±.) In brackets
+  stands the {{term}}`smallest visible effect`. It is no threshold: so many seeds find a true
+  difference of that size four times in five, and a smaller one less often. For correlations the
+  mean {{term}}`Spearman's rank correlation`, if there are six arms or more.
+- **Reading**: what this comparison shows, and the seeds recorded of those planned.
+
+A rule that is quoted as fixed stood in the code before the runs. The other rules were put into this
+form for this page: those of the first paper after its runs were known, those of the second before
+its runs were read.
+
+One interval in twenty excludes 0 by chance, and there are {intervals} on this page. Trust a
+pattern before a single line.
+
+The verdicts:
+
+{verdicts}
+
+*So far* means that runs are missing: seeds, or what stands under *Still to run*.
+
+## All {claims} claims
+
+{overview}
+"""
+
+EXACT_HEAD = """
+## What is exact
+
+These statements need no runs. Each is held by tests, with known answers or in double precision, and
+shown in a chapter.
+
+"""
+
+TAIL = """
+## The recorded studies
+
+{studies}
+
+A record is one JSON file with recipe, metrics, curve, device, seconds, versions and commit;
+{{doc}}`setup` says what a tier is and where image sets come from. What is left to run, and how this
+page learns of it, from the checkout:
+
+```bash
+{left}make evidence
+```
+"""
+
+
+def main() -> None:
+    """Write the page, or print it."""
+    parser = argparse.ArgumentParser(description="Write book/evidence.md from recorded runs.")
+    parser.add_argument("--results", type=Path, default=BOOK / "results", help="folder of records")
+    parser.add_argument("--out", default=str(BOOK / "evidence.md"), help="file, or - to print")
+    options = parser.parse_args()
+    text = page(options.results)
+    if options.out == "-":
+        print(text, end="")
+    else:
+        Path(options.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

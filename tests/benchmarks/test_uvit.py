@@ -1,0 +1,192 @@
+"""U-ViT and its sampler against the transformer denoiser and the sampling loop of diffusers.
+
+32 x 32 images, patch 4, width 192, 12 + 1 blocks. Targets: a training step (batch 32) 1.5 times as
+fast as the DiT of diffusers at its defaults (float32), and no slower with our settings (bfloat16
+autocast, fused AdamW) for both; 64 images by DDIM no slower than the loop of its pipeline with the
+same net and precision, 1.5 times as fast as that loop with its DiT, and the same Fréchet distance
+in bfloat16; moments of 50 000 x 192 features in 3 times one product of that size.
+Each round takes one turn of everything, and the median of the rounds' ratios is judged, with room
+for a busy machine. Two threads on a quiet machine, else the processor time of one.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mini_resdecay.data import load, to_float
+from mini_resdecay.diffusion import Diffusion
+from mini_resdecay.evaluate import frechet_distance, moments
+from mini_resdecay.uvit import UViT
+
+SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 192, 12, 4
+BATCH, ROUNDS = 32, 7
+# Ten steps stand for fifty: all cost the same.
+IMAGES, STEPS, SAMPLE_ROUNDS = 64, 10, 3
+ROWS = 50_000
+QUIET = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5
+THREADS, clock = (2, time.perf_counter) if QUIET else (1, time.process_time)
+
+
+class Dit(nn.Module):
+    """The DiT of diffusers of our size, called as ours is; it always wants a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = DiTTransformer2DModel(
+            num_attention_heads=HEADS,
+            attention_head_dim=WIDTH // HEADS,
+            in_channels=3,
+            num_layers=DEPTH + 1,
+            sample_size=SIDE,
+            patch_size=PATCH,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x, t.expand(len(x)), torch.zeros(len(x), dtype=torch.int64)).sample
+
+
+def ours() -> UViT:
+    torch.manual_seed(0)
+    return UViT(SIDE, PATCH, WIDTH, DEPTH, HEADS)
+
+
+def their_training(tuned: bool) -> Callable[[], None]:
+    net, scheduler = Dit(), DDPMScheduler()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=tuned)
+    images = torch.randn(BATCH, 3, SIDE, SIDE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        noise, t = torch.randn_like(images), torch.randint(1000, (BATCH,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
+            found = net(scheduler.add_noise(images, noise, t), t)
+            loss = F.mse_loss(found.float(), noise)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_training() -> Callable[[], None]:
+    net, diffusion = ours(), Diffusion()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    images = torch.randn(BATCH, 3, SIDE, SIDE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = diffusion.loss(net, images)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def pipeline_loop(net: nn.Module, start: Tensor) -> Tensor:
+    """What `DDIMPipeline` does between its noise and its pictures."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    x = start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t.expand(len(x))), t, x).prev_sample
+    return x
+
+
+def our_samples(net: nn.Module, start: Tensor, half: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        return Diffusion().sample(net, start.shape, "ddim", STEPS, clip=1.0, noise=start)
+
+
+@pytest.fixture
+def few_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seconds(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Of one turn, by name and round; one round more to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for round_ in range(-1, rounds):
+        for name, work in works.items():
+            start = clock()
+            work()
+            if round_ >= 0:
+                found[name].append(clock() - start)
+    print(f"\n{THREADS} thread(s)")
+    for name, times in found.items():
+        print(f"{name}: {1e3 * statistics.median(times):.0f} ms")
+    return found
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+def test_a_step_is_faster_than_that_of_a_dit(few_threads, capsys, at_least):
+    works = {"DiT": their_training(False), "DiT tuned": their_training(True)}
+    with capsys.disabled():
+        times = seconds(works | {"ours": our_training()}, ROUNDS)
+        faster, tuned = (ratio(times[name], times["ours"]) for name in works)
+        print(f"  {faster:.2f} times as fast (target 1.5), {tuned:.2f} as tuned (target 1.0)")
+    at_least(faster, 1.3)
+    at_least(tuned, 0.95)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+def test_sampling_is_no_slower_than_the_pipeline_and_faster_with_ours(
+    few_threads, capsys, at_least
+):
+    net, dit, start = ours(), Dit(), torch.randn(IMAGES, 3, SIDE, SIDE)
+    works = {
+        "loop with DiT": lambda: pipeline_loop(dit, start),
+        "loop with our net": lambda: pipeline_loop(net, start),
+        "ours, float32": lambda: our_samples(net, start, False),
+        "ours, bfloat16": lambda: our_samples(net, start, True),
+    }
+    with capsys.disabled():
+        times = seconds(works, SAMPLE_ROUNDS)
+        same = ratio(times["loop with our net"], times["ours, float32"])
+        faster = ratio(times["loop with DiT"], times["ours, bfloat16"])
+        print(f"  same net {same:.2f} (target 1.0), all ours {faster:.2f} (target 1.5)")
+    full, half = works["ours, float32"](), works["ours, bfloat16"]()
+    real = to_float(load("shapes", "train").subset(512, 0).images)
+    distances = [distance(real, made) for made in (full, half)]
+    assert distances[1] == pytest.approx(distances[0], rel=0.02)
+    at_least(same, 0.95)
+    at_least(faster, 1.3)
+
+
+def distance(real: Tensor, made: Tensor) -> float:
+    """Of 4 x 4 thumbnails, which are grey where the real images are."""
+    small = (F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1) for x in (real, made))
+    return frechet_distance(*small)
+
+
+@pytest.mark.benchmark
+def test_moments_take_little_more_than_one_product(one_thread, capsys, at_least):
+    x = torch.randn(ROWS, WIDTH)
+
+    def turn(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    turns = [(turn(lambda: x.T @ x), turn(lambda: moments(x.split(1000)))) for _ in range(8)][1:]
+    found = statistics.median(ours / product for product, ours in turns)
+    with capsys.disabled():
+        print(f"\nmoments take {found:.2f} times one float32 product (target 3)")
+    at_least(1 / found, 1 / 3.5)

@@ -1,0 +1,274 @@
+"""The Evidence page: written from the records, one row a claim, each verdict by its rule."""
+
+import ast
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pages import ROOT
+from test_tools import load
+
+from mini_resdecay import results
+from mini_resdecay.experiments import EXPERIMENTS
+from mini_resdecay.results import Run
+
+evidence: ModuleType = load("evidence")
+PAGE = ROOT / "book" / "evidence.md"
+# The claims of the two sheets' tables, in their order; behind B13 what is reported beside them.
+OF_THE_TABLES = [f"A{n}" for n in range(1, 8)] + [f"B{n}" for n in range(1, 14)]
+EXTRA = [f"B{n}" for n in range(14, 18)]
+SECOND_HAND = ("second hand", "unverified", "reviews")
+COMPARED = [what for claim in evidence.CLAIMS for what in claim.compared]
+
+
+def sections(text: str) -> dict[str, str]:
+    """Rows of the page by their number."""
+    parts = re.split(r"^### ([ABE]\d+) ", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# ---- the page as it is committed ----
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    written = evidence.page(ROOT / "book" / "results")
+    assert written == PAGE.read_text(encoding="utf-8"), "records or claims changed: make evidence"
+
+
+def test_every_claim_of_the_tables_has_one_row() -> None:
+    numbers = re.findall(r"^### ([AB]\d+) ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert numbers == OF_THE_TABLES + EXTRA
+
+
+def test_every_row_says_what_a_reader_must_know() -> None:
+    for number, text in sections(PAGE.read_text(encoding="utf-8")).items():
+        names = {"Statement", "Tests", "Where"} if number[0] == "E" else {"Verdict", "Source"}
+        if "| Compared |" in text:
+            names |= {"Controls", "Rule", "Where"}
+        elif number[0] != "E":
+            names |= {"Still to run"}
+        assert names <= set(re.findall(r"^- \*\*(.+?)\*\*: ", text, re.MULTILINE)), number
+
+
+def test_no_number_of_a_paper_comes_at_second_hand() -> None:
+    for claim in evidence.CLAIMS:
+        told = re.sub(r"\bchapter \d+|\b[ABE]\d+\b|`[^`]*`", "", f"{claim.title} {claim.claim}")
+        assert claim.mark not in SECOND_HAND or not re.search(r"\d", told), claim.number
+        assert claim.mark in evidence.MARKS
+
+
+@pytest.mark.parametrize("what", COMPARED, ids=lambda what: f"{what.study}: {what.label}")
+def test_what_is_compared_are_arms_of_one_study_that_exist(what) -> None:
+    assert {f"{what.study}-{arm}" for arm in what.arms} <= EXPERIMENTS.keys()
+    assert evidence.planned(what) >= 3
+
+
+def test_every_recorded_arm_is_compared_somewhere() -> None:
+    """Arms may be planned in code before a claim compares them; a record must be used."""
+    used = {(what.study, arm) for what in COMPARED for arm in what.arms}
+    recorded = results.recorded(ROOT / "book" / "results")
+    assert recorded - used == set(), "a recorded arm needs a comparison in its claim"
+
+
+def test_labels_of_a_claim_differ_and_places_exist() -> None:
+    for claim in evidence.CLAIMS:
+        labels = [what.label for what in claim.compared]
+        assert len(set(labels)) == len(labels), claim.number
+        for place in filter(None, claim.where.split("; ")):
+            number, *figures = place.split()
+            there = evidence.chapters().get(int(number))
+            text = (ROOT / "book" / there).read_text(encoding="utf-8") if there else ""
+            assert all(f'"name": "{name}"' in text for name in figures), (claim.number, place)
+
+
+def test_studies_fix_the_rules_that_rows_quote() -> None:
+    for claim in evidence.CLAIMS:
+        assert claim.rule in evidence.RULES
+        assert claim.rule != "study" or claim.fixed
+        if claim.fixed:
+            assert "rule fixed before the runs: " in EXPERIMENTS[claim.fixed].expects
+    assert "by 1 point and 2 pooled deviations" in EXPERIMENTS["mae-decay"].expects
+
+
+def functions(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("one", evidence.EXACT, ids=lambda one: one.number)
+def test_what_is_exact_has_its_tests_and_its_section(one) -> None:
+    for name in one.tests:
+        file, _, function = name.partition("::")
+        assert function in functions(ROOT / file)
+    chapter = json.loads((ROOT / "book" / evidence.chapters()[one.chapter]).read_text())
+    text = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
+    assert re.search(rf"^##+ {re.escape(one.section)}$", text, re.MULTILINE)
+    assert set(one.about.split(", ")) <= {*OF_THE_TABLES, *EXTRA}
+
+
+# ---- from records to a verdict, on made-up records ----
+
+
+def a_run(arm: str, seed: int, knn: float, loss: float = 0.5, rank: float = 3.0) -> Run:
+    trained = {
+        "loss": loss,
+        "knn_pixels": 0.3,
+        **dict.fromkeys(("knn_last", "knn_best", "probe_last", "probe_best"), knn),
+        "rank_entropy": [4.0, rank],
+        "rank_entropy_centred": [4.0, rank],
+    }
+    return Run(
+        study="mae",
+        arm=arm,
+        seed=seed,
+        data={"name": "cifar10", "train": 10, "test": 10},
+        recipe={"tier": "t4"},
+        metrics={"init": {"knn_last": 0.25}, "trained": trained},
+        curve={"step": [1], "loss": [1.0]},
+        device="CPU",
+        seconds=360.0,
+        versions={},
+        commit="unknown",
+        fingerprint="ab12",
+        peak_memory_gib=0.5,
+        first_losses=[1.0] * 5,
+    )
+
+
+def rows_of(root: Path, arms: dict[str, list[float]], **more: float) -> dict[str, str]:
+    for arm, values in arms.items():
+        for seed, knn in enumerate(values):
+            results.write(a_run(arm, seed, knn, **more), root)
+    return sections(evidence.page(root))
+
+
+def told(row: str) -> str:
+    return re.search(r"^- \*\*Verdict\*\*: (.*)$", row, re.MULTILINE)[1]
+
+
+BASE = {"standard": [0.40, 0.41, 0.42], "skips-only": [0.41, 0.42, 0.43]}
+
+
+def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
+    rows = sections(evidence.page(tmp_path))
+    assert {told(row) for number, row in rows.items() if number[0] != "E"} == {"**not yet run**"}
+
+
+@pytest.mark.parametrize(
+    ("decay", "verdict"),
+    [
+        # Above both in all seeds, by more than a point and two pooled deviations (of 0.01 each).
+        ([0.50, 0.51, 0.52], "**shown**, so far (2 of 2 comparisons shown)"),
+        ([0.30, 0.31, 0.32], "**the opposite**, so far (0 of 2 comparisons shown, 2 the opposite)"),
+        # By 2.5 points over the standard net and by 1.5 over skips alone, in all seeds.
+        ([0.425, 0.435, 0.445], "**partly shown**, so far (1 of 2 comparisons shown)"),
+        # Far above in two seeds, below in the third.
+        ([0.70, 0.71, 0.30], "**not shown**, so far (0 of 2 comparisons shown)"),
+    ],
+)
+def test_the_masked_study_is_read_by_its_own_rule(
+    tmp_path: Path, decay: list[float], verdict: str
+) -> None:
+    assert told(rows_of(tmp_path, BASE | {"decay": decay})["B1"]) == verdict
+
+
+def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> None:
+    """Differences .02, .03, .04: mean .03, deviation .01; t(.975, 2) = 4.3027, lambda = 5.678."""
+    arms = {"standard": [0.40, 0.41, 0.42], "skips-only": [0.42, 0.44, 0.46]}
+    row = rows_of(tmp_path, arms)["B5"]
+    half = 4.3027 * 0.01 / math.sqrt(3)
+    line = f"| kNN, last block ↑ | 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | shown, 3/3 |"
+    assert line in row.replace("\u00a0", " ")
+    assert told(row) == "**shown** (1 of 1 comparisons shown)"
+
+
+def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
+    few = {"standard": [0.40, 0.41], "skips-only": [0.45, 0.46, 0.47], "decay": [0.5]}
+    rows = rows_of(tmp_path, few)
+    assert told(rows["B5"]) == "**shown**, so far (1 of 1 comparisons shown)"
+    assert "| +0.050 in every seed | shown, 2/3 |" in rows["B5"]
+    assert told(rows["B1"]) == "**not yet run**"
+    assert "| 0.400 →\u00a00.500 | – | too few seeds, 1/3 |" in rows["B1"]
+    assert "- **Still to run**: The seeds missing above." in rows["B5"]
+    page = evidence.page(tmp_path)
+    assert "| mae | 6 of 9 runs |" in page
+    assert "run mae-study --tier t4" in page
+
+
+def test_a_margin_is_granted(tmp_path: Path) -> None:
+    for part, loss in (("inside", 0.512), ("outside", 0.53)):
+        rows_of(tmp_path / part, BASE)
+        for seed, extra in enumerate((0.0, 0.001, 0.002)):
+            run = a_run("decay", seed, 0.5, loss=loss + extra)
+            results.write(run, tmp_path / part)
+    verdicts = [told(sections(evidence.page(tmp_path / p))["B9"]) for p in ("inside", "outside")]
+    assert [one.split("**")[1] for one in verdicts] == ["shown", "the opposite"]
+
+
+def test_three_arms_are_too_few_for_a_correlation(tmp_path: Path) -> None:
+    ranks = {"standard": 3.0, "skips-only": 2.0, "decay": 1.0}
+    for place, (arm, rank) in enumerate(ranks.items()):
+        for seed in range(3):
+            results.write(a_run(arm, seed, 0.4 + 0.1 * place, rank=rank + 0.01 * seed), tmp_path)
+    row = sections(evidence.page(tmp_path))["B7"]
+    assert "| rank with kNN, last block\u00a0↓ | – | – | too few arms, 3/3 |" in row
+    assert told(row) == "**shown**, so far (2 of 3 comparisons shown, 1 too few arms)"
+
+
+def test_six_arms_are_enough_for_a_correlation() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "A3")
+    link = next(what for what in claim.compared if isinstance(what, evidence.Link))
+    link = replace(link, arms=link.arms[:6], x="trained.loss", y="trained.knn_last", sign=-1)
+    runs = {
+        ("spiral", arm): {seed: a_run(arm, seed, 0.1 * place, loss=-place) for seed in range(2)}
+        for place, arm in enumerate(link.arms)
+    }
+    read = evidence.line(claim, link, runs)
+    assert (read.gap.mean, read.gap.half_width, read.reading) == (-1.0, 0.0, evidence.SHOWN)
+    few = replace(link, arms=link.arms[:5])
+    assert evidence.line(claim, few, runs).reading == evidence.FEW_ARMS
+    assert evidence.verdict(claim, [evidence.line(claim, few, runs)]) == evidence.NOT_RUN
+
+
+def test_rows_say_by_which_rule_they_are_read(tmp_path: Path) -> None:
+    row = rows_of(tmp_path, BASE | {"decay": [0.30, 0.31, 0.32]})["B1"]
+    assert row.count("the opposite *(rule)*, 3/3") == 2
+    assert row.count(" *(interval)*, 3/3") == row.count("*(beside)*") == 8
+
+
+def test_a_study_without_records_is_not_listed(tmp_path: Path) -> None:
+    rows_of(tmp_path, BASE)
+    tail = evidence.page(tmp_path).partition("## The recorded studies")[2]
+    assert "| mae | 6 of 9 runs |" in tail
+    assert "droppath" not in tail
+
+
+def test_certain_cases_need_one_and_are_not_refuted() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.rule == "any")
+    cell = evidence.Line(claim.compared[0], None, None, 5, 5, evidence.OPPOSITE)
+    assert evidence.verdict(claim, [cell, cell]) == evidence.NOT_SHOWN
+    lines = [cell, cell._replace(reading=evidence.SHOWN)]
+    assert evidence.verdict(claim, lines) == evidence.SHOWN
+    assert evidence.verdict(replace(claim, rule="every"), lines) == evidence.MIXED
+    assert evidence.verdict(replace(claim, rule="every"), [cell]) == evidence.OPPOSITE
+
+
+def test_numbers_of_lists() -> None:
+    run = a_run("decay", 0, 0.5)
+    run.metrics["trained"]["probe"] = [0.5, 0.75, 0.25, 0.5]
+    found = {
+        kind: evidence.number(run, f"{kind}:trained.probe") for kind in ("mean", "max", "last")
+    }
+    assert found == {"mean": 0.5, "max": 0.75, "last": 0.5}
+    assert evidence.number(run, "fall:trained.probe") == 0.5
+    assert evidence.number(run, "trained.knn_pixels") == 0.3
+
+
+def test_zero_has_no_sign() -> None:
+    assert [evidence.signed(v, 3) for v in (-0.0004, 0.0, 0.0004)] == ["0.000"] * 3
+    assert [evidence.signed(v, 1) for v in (-0.25, 0.25, 12.0)] == ["−0.2", "+0.2", "+12.0"]
+    assert evidence.correlation([1, 1, 1], [1, 2, 3]) == 0.0
