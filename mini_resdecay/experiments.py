@@ -12,8 +12,9 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import safetensors.torch
@@ -40,9 +41,18 @@ from .data import (
 from .droppath import ARMS
 from .evaluate import Probe, knn_accuracy, linear_probe, standardised
 from .mae import MAE
-from .shortcuts import decay_groups, device_of
+from .shortcuts import (
+    alpha_schedule,
+    decay_groups,
+    device_of,
+    effective_alpha,
+    gain_groups,
+    rescale_norms,
+    suggest_alpha_min,
+)
 from .toy import ResidualMLP, accuracy, seeded_nets, spiral, train_together
 from .train import (
+    Step,
     TrainState,
     cosine_schedule,
     fit,
@@ -107,6 +117,10 @@ class MaskedRecipe:
     """A masked autoencoder: AdamW (0.9, 0.95), cosine schedule, random crops and flips.
 
     In arch "paper" the encoder has no final norm.
+    `rates_as`, `taps_as` and `norms_as` give the encoder what a ramp down to that `alpha_min`
+    does apart from its shortcuts: the rates of the output projections (`gain_groups`, of plain
+    shortcuts only), the size of the taps, the eps of the norms (1: as in a plain net). 0 leaves
+    them. All ramps are of one `kind`.
     `precision` "half": fp16 on GPUs without bf16, else bf16; the record's device says which.
     """
 
@@ -130,6 +144,10 @@ class MaskedRecipe:
     zero_init: bool = True
     precision: str = "half"
     measured: int = 10_000  # images in the bank of the neighbours, and at most in the test
+    kind: str = "linear"
+    rates_as: float = 0.0
+    taps_as: float = 0.0
+    norms_as: float = 0.0
 
     def __post_init__(self) -> None:
         _refuse_nothing(self)
@@ -146,10 +164,11 @@ def _refuse_nothing(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One arm of a study.
+    """One arm of a study, which runs in the order of `turn`.
 
     `minutes` and `memory_gib`: about what tier t4 takes on two CPU cores that do nothing else.
     Most records were made beside other work and took longer, up to five times.
+    `keeps`: the encoder of seed 0 stays beside its record.
     """
 
     study: str
@@ -160,6 +179,8 @@ class Experiment:
     minutes: float
     memory_gib: float
     seeds: tuple[int, ...]
+    turn: int = 0
+    keeps: bool = False
 
     @property
     def name(self) -> str:
@@ -231,31 +252,122 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
     )  # fmt: skip
 
 
-def _masked(arm: str, arch: str, t4_min: float = 1.0, full_min: float = 1.0) -> Experiment:
-    """A masked autoencoder; the factors at which its shortcuts end at depth 6 and at depth 12."""
-    t4 = MaskedRecipe(arch=arch, alpha_min=t4_min)
-    full = replace(t4, images=50_000, epochs=200, batch=1024, lr=2e-3, dim=192, depth=12, heads=6)
-    tiers = {
-        "cpu": replace(t4, images=1000, epochs=2, measured=500),
-        "t4": t4,
-        "full": replace(
-            full, decoder_dim=128, decoder_depth=4, decoder_heads=4, alpha_min=full_min
-        ),
-    }
-    return Experiment(
-        "mae", arm, tiers, "arXiv 2404.10947, masked autoencoders, on other images",
-        "rule fixed before the runs: decay helps here if its kNN accuracy at the last block is "
-        "above that of standard and of skips-only in all seeds, by 1 point and 2 pooled deviations "
-        "on average; the best block is reported beside it",
-        15, 3.5, (0, 1, 2),
-    )  # fmt: skip
+_SIZES = {
+    "cpu": MaskedRecipe(images=1000, measured=500),
+    "t4": MaskedRecipe(),
+    "full": MaskedRecipe(
+        images=50_000, batch=1024, lr=2e-3, dim=192, depth=12, heads=6,
+        decoder_dim=128, decoder_depth=4, decoder_heads=4,
+    ),
+}  # fmt: skip
+WINDOW = "window"  # of an arm's `alpha_min`: where the product of its depth is 10^-2.5
+
+
+@cache
+def _window(depth: int) -> float:
+    return round(suggest_alpha_min(depth), 4)
+
+
+def _masked(
+    study: str,
+    arm: str,
+    changes: Mapping[str, Any],
+    expects: str,
+    *,
+    epochs: tuple[int, int, int] = (2, 15, 200),
+    deeper: int = 1,
+    rate: float = 1.0,
+    minutes: float = 8,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    turn: int = 0,
+    keeps: bool = False,
+) -> Experiment:
+    """A masked autoencoder: what an arm changes, and how long, deep and fast it is in each tier."""
+    tiers: dict[str, Recipe] = {}
+    for (tier, size), length in zip(_SIZES.items(), epochs, strict=True):
+        depth = deeper * size.depth
+        given: dict[str, Any] = {
+            k: _window(depth) if v == WINDOW else v for k, v in changes.items()
+        }
+        tiers[tier] = replace(size, depth=depth, epochs=length, lr=rate * size.lr, **given)
+    source = "arXiv 2404.10947, masked autoencoders, on other images"
+    return Experiment(study, arm, tiers, source, expects, minutes, 3.5, seeds, turn, keeps)
+
+
+_SKIPS: dict[str, Any] = {"arch": "paper"}
+_RAMP, _NORMS = _SKIPS | {"alpha_min": WINDOW}, _SKIPS | {"norms_as": WINDOW}
+# What an arm of chapter 9 changes in `MaskedRecipe`.
+_ARMS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "skips-only": _SKIPS,
+    "decay": _RAMP,
+    "standard-xavier": {"zero_init": False},
+    "scaled-sum": _SKIPS | {"shortcut": "scaled-sum"},
+    "constant": _RAMP | {"kind": "constant"},
+    # Decay as rates and as taps of plain shortcuts: 2 x 2, all with the norms of decay.
+    "rates": _NORMS | {"rates_as": WINDOW},
+    "taps": _NORMS | {"taps_as": WINDOW},
+    "rates-taps": _NORMS | {"rates_as": WINDOW, "taps_as": WINDOW},
+    "norms": _NORMS,
+    "standard-decay": {"alpha_min": WINDOW},
+    "branch-scaled": _SKIPS | {"shortcut": "branch-scaled"},
+    "learned": _SKIPS | {"shortcut": "learned"},
+    "learned-ramp": _RAMP | {"shortcut": "learned"},
+    "cosine": _RAMP | {"kind": "cosine"},
+    "attention-only": _RAMP | {"kind": "attention"},
+    "mlp-only": _RAMP | {"kind": "mlp"},
+    "identity-drop": _RAMP | {"shortcut": "identity-drop"},
+    **{f"alpha-{a}": _SKIPS | {"alpha_min": a} for a in (0.1, 0.2, 0.5, 0.7, 0.85, 0.95)},
+}
+_RULED = ("standard", "skips-only", "decay")
+_TRIED = (*_RULED, "standard-xavier", "scaled-sum", "constant")
+_CELLS = ("rates", "taps", "rates-taps", "norms")
+_SWEEP = tuple(arm for arm in _ARMS if arm.startswith("alpha"))
+_TINY = {"data": "tiny-imagenet-100", "patch": 8}
+# Arms whose trial another rate won than the usual one, with its factor: by `knn_held` of seed 0,
+# tier t4. A new entry makes the queue longer: stop all parts of it before.
+TUNED: dict[str, float] = {}
+
+_SHOWN = (
+    "rule fixed before the runs: decay is shown to help if its kNN accuracy at the last block is "
+    "above that of standard-xavier, standard and skips-only, each at the rate of its trial, in all "
+    "seeds, by 1 point and 2 pooled deviations on average; else not at this scale. A gap at the "
+    "last block that the best block has not is one of place"
+)
+_TWO_BY_TWO = (
+    "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; if "
+    "rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, if taps "
+    "alone is, one of weaker skips; norms is the fourth cell"
+)
+# What else is asked of kNN accuracy at the last block, by arm or by group of arms.
+_EXPECTS = {
+    "mae": "rule fixed before the runs: decay helps here if its kNN accuracy at the last block is "
+    "above that of standard and of skips-only in all seeds, by 1 point and 2 pooled deviations "
+    "on average; the best block is reported beside it",
+    "trial": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times the rate whose "
+    "knn_held is highest in seed 0; no test image has a say",
+    "sweep": "rule fixed before the runs: the product is the knob if the best alpha_min has one in "
+    "[1e-3, 1e-2); eps is at work where undamped differs by 2 pooled deviations",
+    **dict.fromkeys(_CELLS, _TWO_BY_TWO),
+    "branch-scaled": "the shortcut matters, not the branch, unless within 2 deviations of decay",
+    "constant": "the ramp matters, not its product alone, unless within 1 deviation of decay",
+    "standard-decay": "decay needs long skips unless this is at least as good as standard",
+    "learned-ramp": "fixed factors are best unless this is better than decay by 2 deviations",
+}
+
+
+def _decay(name: str, arm: str, turn: int, expects: str = "", **more: Any) -> Experiment:
+    """An arm of the study of chapter 9, under a name that says in what it is special."""
+    changes = _ARMS[arm] | more.pop("also", {})
+    told = _EXPECTS.get(expects or arm, _SHOWN)
+    return _masked("decay", name.format(arm), changes, told, turn=turn, **more)
 
 
 _RESIDUAL = SpiralRecipe()
 _DECIDING = ("plain-eq", "droppath", "two-stage", "mixture")
 _CONTROLS = ("plain", "plain-half", "no-freeze", "random-freeze")
 _NETS = ("cnn", "vit")
-# What decides comes first: a study is run in this order, and seed by seed.
+# What decides comes first: a study is run by turns, in each seed by seed in this order.
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -284,9 +396,43 @@ EXPERIMENTS: dict[str, Experiment] = {
             for n in _NETS
             for a in ("two-stage", "mixture")
         ),
-        _masked("standard", "standard"),
-        _masked("skips-only", "paper"),
-        _masked("decay", "paper", t4_min=0.3141, full_min=0.5927),  # both products are 10^-2.5
+        *(
+            _masked(
+                "mae", a, _ARMS[a], _EXPECTS["mae"], epochs=(2, 30, 200), minutes=15, keeps=True
+            )
+            for a in _RULED
+        ),
+        # Turn 0 is what the rule and the 2 x 2 compare. Trials of rates come before all that is
+        # longer and takes the rate that won, but not first: seed 0 of an arm is its own trial at
+        # the usual rate, at which all arms are compared anyway. A rate that wins gets more seeds.
+        *(
+            _decay("{}", a, 0, seeds=tuple(range(5 if a in _RULED else 3)))
+            for a in (*_TRIED, *_CELLS)
+        ),
+        *(
+            _decay(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
+            for a in _TRIED
+            for rate in (0.5, 2.0)
+            for seeds in [(0, 1, 2) if TUNED.get(a) == rate else (0,)]
+        ),
+        *(_decay("{}", a, 2) for a in _ARMS if a not in (*_TRIED, *_CELLS, *_SWEEP)),
+        *(_decay("{}", a, 3, "sweep") for a in _SWEEP),
+        *(_decay("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0}) for a in ("decay", *_SWEEP)),
+        *(_decay("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
+        *(_decay("tiny-{}", a, 4, also=_TINY) for a in _RULED),
+        # The 2 x 2 explains decay, and so has its rate.
+        *(
+            _decay(
+                "long-{}",
+                a,
+                5,
+                epochs=(12, 90, 800),
+                minutes=45,
+                keeps=a in _RULED,
+                rate=TUNED.get(a if a in _TRIED else "decay", 1.0),
+            )
+            for a in (*_RULED, "scaled-sum", *_CELLS)
+        ),
     )
 }
 
@@ -330,14 +476,13 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 def queue(
     study: str, out: str | Path, part: int = 1, parts: int = 1
 ) -> list[tuple[Experiment, int]]:
-    """What of a study is not recorded in `out` yet, seed by seed: what decides comes first.
+    """What of a study is not recorded in `out` yet, by turns and seeds: what decides comes first.
 
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
     arms = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
-    seeds = sorted({seed for arm in arms for seed in arm.seeds})
-    runs = [(arm, seed) for seed in seeds for arm in arms if seed in arm.seeds]
+    runs = sorted(((a, s) for a in arms for s in a.seeds), key=lambda run: (run[0].turn, run[1]))
     mine = runs[part - 1 :: parts]
     return [(arm, seed) for arm, seed in mine if not _record(arm, seed, out).exists()]
 
@@ -370,12 +515,12 @@ def run(
     described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
     if path.exists():
-        refuse_other_settings(path, described)
+        refuse_other_settings(path, described, _plain(asdict(type(recipe)())))
         if resume:
             return path
     digest = hashlib.sha256(repr(described).encode()).hexdigest()[:8]
     work = Path(out) / "unfinished" / f"{name}-s{seed}-{digest}"
-    keep = path.with_suffix(".safetensors") if seed == 0 else None
+    keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
         _run_spiral(recipe, seed)
         if isinstance(recipe, SpiralRecipe)
@@ -398,9 +543,14 @@ def run(
     return path
 
 
-def refuse_other_settings(path: Path, recipe: Mapping[str, Any]) -> None:
-    """Raise ValueError if the run recorded at `path` had another recipe: it would be lost."""
-    old = results.read(path).recipe
+def refuse_other_settings(
+    path: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if the run recorded at `path` had another recipe: it would be lost.
+
+    A field that came later than the record had its default then.
+    """
+    old = {**defaults, **results.read(path).recipe}
     if changed := {k: (old[k], recipe.get(k)) for k in old if old[k] != recipe.get(k)}:
         told = f"{path} has {changed}, recorded and asked for"
         raise ValueError(f"out must not hold this run with other settings: {told}")
@@ -486,8 +636,13 @@ def _run_images(
     key = hashlib.sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode()).hexdigest()
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
+    if isinstance(recipe, MaskedRecipe):
+        step = _watched(step, len(batches), sets[0])
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
     metrics = {"init": before, "trained": diagnose(state.net, recipe, *sets)}
+    logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
+    if seen:
+        metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
     if keep and isinstance(state.net, MAE) and state.accelerator.is_main_process:
         encoder = state.net.encoder
         halves = {name: value.half() for name, value in encoder.named_parameters()}
@@ -499,7 +654,7 @@ def _run_images(
         "data": {"name": recipe.data, "train": len(sets[0]), "test": len(test)},
         "precision": precision,
         "metrics": metrics,
-        "curve": {k: [line[k] for line in state.history] for k in ("step", "loss")},
+        "curve": {k: [line[k] for line in logged] for k in ("step", "loss")},
         "seconds": round(state.seconds, 1),
         "fingerprint": sets[0].fingerprint,
         "first_losses": first_losses(recipe, seed, sets[0]),
@@ -641,7 +796,14 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
         recipe.mask_ratio,
         arch=recipe.arch,
     )
-    groups = decay_groups(net, recipe.lr, recipe.weight_decay)
+    ramp = partial(alpha_schedule, recipe.depth, kind=recipe.kind)
+    shares = ramp(recipe.taps_as or 1.0)
+    net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
+    groups = (
+        gain_groups(net, ramp(recipe.rates_as), recipe.lr, recipe.weight_decay, within=net.encoder)
+        if recipe.rates_as
+        else decay_groups(net, recipe.lr, recipe.weight_decay)
+    )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps = _batches_seen(recipe, train)
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
@@ -654,10 +816,14 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
 
 def encoder_of(recipe: MaskedRecipe, side: int, channels: int) -> ViT:
     """The untrained encoder of a recipe, for square images of `side` pixels."""
-    return ViT(
-        side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels,
-        recipe.shortcut, recipe.alpha_min, recipe.zero_init, final_norm=recipe.arch != "paper",
+    encoder = ViT(
+        side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels, recipe.shortcut,
+        recipe.alpha_min, recipe.zero_init, final_norm=recipe.arch != "paper", kind=recipe.kind,
     )  # fmt: skip
+    ends = recipe.norms_as or recipe.alpha_min, recipe.alpha_min
+    ramps = (alpha_schedule(recipe.depth, end, recipe.kind) for end in ends)
+    rescale_norms(encoder, [wanted / own for wanted, own in zip(*ramps, strict=True)])
+    return encoder
 
 
 def _reconstruct(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -666,6 +832,32 @@ def _reconstruct(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
     patches = len(state.net.get_buffer("positions")) - 1
     noise = rows(state, torch.rand(whole, patches, generator=state.generator))
     return state.model(to_float(batch[0]), noise).loss
+
+
+def _watched(step: Step, steps: int, train: ImageSet) -> Step:
+    """`step` that looks at the encoder after an eighth, a quarter, a half and all of the steps.
+
+    With few images, of the train split, and no draw: the run is the same with and without it.
+    """
+    few = train.subset(min(2400, len(train)), 1)
+    points, cut = {steps >> k for k in range(4)}, 2 * len(few) // 3
+    labels = few.labels[:cut], few.labels[cut:]
+
+    def watched(state: TrainState, batch: Any) -> dict[str, Any]:
+        metrics = step(state, batch)
+        if state.step + 1 in points:
+            encoder = state.net.get_submodule("encoder")
+            read = reuse.layer_features(encoder, to_float(few.images), pool="patches")
+            knn = [_neighbours((x[:cut], x[cut:]), *labels) for x in read[2::2]]
+            seen = {
+                "knn_last": knn[-1],
+                "knn_best": max(knn),
+                "rank_entropy_last": reuse.rank_entropy(read[-1]),
+            }
+            state.history.append({"step": state.step + 1, **seen})
+        return metrics
+
+    return watched
 
 
 def _diagnose_masked(
@@ -690,6 +882,7 @@ def _diagnose_masked(
         "knn": knn,
         "knn_last": knn[-1],
         "knn_best": max(knn[1:]),
+        "knn_held": _held(layers[-1][0], bank.labels),
         "probe_last": last.accuracy,
         "probe_best": best.accuracy,
         "probe_block": 1 + int(best.source),
@@ -701,6 +894,13 @@ def _diagnose_masked(
 def _neighbours(layer: Sequence[Tensor], bank_labels: Tensor, labels: Tensor) -> float:
     bank, asked = standardised(*layer)
     return knn_accuracy(bank, bank_labels, asked, labels)
+
+
+def _held(bank: Tensor, labels: Tensor) -> float:
+    """Mean over tenths of the bank, each asked of the other nine: what rates are chosen by."""
+    n = len(labels) // 10
+    turned = ((bank.roll(k * n, 0), labels.roll(k * n)) for k in range(10))
+    return mean(_neighbours((x[n:], x[:n]), y[n:], y[:n]) for x, y in turned)
 
 
 def _probe(layers: Sequence[Any], bank_labels: Tensor, labels: Tensor) -> Probe:

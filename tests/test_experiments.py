@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_resdecay import data, experiments, figures, results
+from mini_resdecay import data, experiments, figures, results, train
 from mini_resdecay.__main__ import main
-from mini_resdecay.experiments import EXPERIMENTS, ImageRecipe, SpiralRecipe, diff, recipe_of
+from mini_resdecay.experiments import (
+    EXPERIMENTS,
+    ImageRecipe,
+    MaskedRecipe,
+    SpiralRecipe,
+    diff,
+    recipe_of,
+)
 from mini_resdecay.shortcuts import SHORTCUTS, suggest_alpha_min
 
 BOOK = Path(__file__).parents[1] / "book" / "results"
@@ -27,6 +34,7 @@ REPLAYED = [
     "droppath-fashion-mnist-vit-two-stage",
     "mae-standard",
     "mae-decay",
+    "decay-rates-taps",
 ]
 MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
@@ -41,7 +49,7 @@ def test_experiment_says_source_expectation_and_cost(name):
     assert len(one.expects) > 20
     assert one.minutes > 0
     assert one.memory_gib > 0
-    assert len(one.seeds) >= 3
+    assert len(one.seeds) >= (1 if one.turn == 1 else 3)  # a trial is of one seed
     assert tuple(one.tiers) == experiments.TIERS
 
 
@@ -231,6 +239,225 @@ def test_arms_of_the_mae_study_differ_in_one_field(tier):
     assert list(diff(arms["skips-only"], arms["decay"])) == ["alpha_min"]
     decay = arms["decay"]
     assert decay.alpha_min == pytest.approx(suggest_alpha_min(decay.depth), abs=5e-5)
+
+
+FULL = MaskedRecipe(
+    images=50_000, epochs=200, batch=1024, lr=2e-3, dim=192, depth=12, heads=6,
+    decoder_dim=128, decoder_depth=4, decoder_heads=4,
+)  # fmt: skip
+
+
+def test_recipes_of_the_mae_study_are_those_that_were_run():
+    for arm, arch, ends in (
+        ("standard", "standard", (1.0, 1.0, 1.0)),
+        ("skips-only", "paper", (1.0, 1.0, 1.0)),
+        ("decay", "paper", (0.3141, 0.3141, 0.5927)),
+    ):
+        sizes = MaskedRecipe(images=1000, epochs=2, measured=500), MaskedRecipe(epochs=30), FULL
+        assert list(EXPERIMENTS[f"mae-{arm}"].tiers.values()) == [
+            dataclasses.replace(size, arch=arch, alpha_min=end)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("standard", [0.593238, 0.573523, 0.5868222, 0.5474937, 0.5470666]),
+        ("skips-only", [0.593238, 0.5740859, 0.5933868, 0.5507632, 0.5466674]),
+        ("decay", [0.593238, 0.5740859, 0.5933871, 0.5507328, 0.54665]),
+    ],
+)
+def test_first_losses_of_the_mae_study_are_those_before_the_decay_study(arm, expected):
+    changes = ["batch=16", "images=96", "lr=0.2", *LITTLE]
+    recipe = recipe_of(EXPERIMENTS[f"mae-{arm}"], "t4", changes)
+    losses = experiments.first_losses(recipe, 0, data.shapes(96, 96)[0])
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+
+# Pairs of arms of the decay study, and all that differs between them.
+NEIGHBOURS = [
+    ("standard-xavier", "standard", "zero_init"),
+    ("standard", "skips-only", "arch"),
+    ("standard", "standard-decay", "alpha_min"),
+    ("skips-only", "decay", "alpha_min"),
+    ("skips-only", "scaled-sum", "shortcut"),
+    ("skips-only", "branch-scaled", "shortcut"),
+    ("skips-only", "learned", "shortcut"),
+    ("skips-only", "norms", "norms_as"),
+    ("norms", "rates", "rates_as"),
+    ("norms", "taps", "taps_as"),
+    ("rates", "rates-taps", "taps_as"),
+    ("taps", "rates-taps", "rates_as"),
+    ("decay", "constant", "kind"),
+    ("decay", "cosine", "kind"),
+    ("decay", "attention-only", "kind"),
+    ("decay", "mlp-only", "kind"),
+    ("decay", "learned-ramp", "shortcut"),
+    ("decay", "identity-drop", "shortcut"),
+    ("decay", "decay-undamped", "norms_as"),
+    *((one, f"{one}-undamped", "norms_as") for one in experiments._SWEEP),
+    *(("decay", one, "alpha_min") for one in experiments._SWEEP),
+    *((one, f"{one}-lr-{rate}", "lr") for one in experiments._TRIED for rate in ("0.5", "2")),
+    *((one, f"long-{one}", "epochs") for one in (*MASKED, "scaled-sum", *experiments._CELLS)),
+    *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
+    ("decay", "deep-decay", "alpha_min depth"),
+    *((one, f"tiny-{one}", "data patch") for one in MASKED),
+]
+DECAY = {one.arm: one for one in EXPERIMENTS.values() if one.study == "decay"}
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+@pytest.mark.parametrize(("one", "other", "field"), NEIGHBOURS)
+def test_arms_of_the_decay_study_differ_in_what_they_say(tier, one, other, field):
+    a, b = (recipe_of(DECAY[arm], tier) for arm in (one, other))
+    assert " ".join(diff(a, b)) == field
+
+
+def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
+    assert {arm for pair in NEIGHBOURS for arm in pair[:2]} == set(DECAY)
+    for tier in experiments.TIERS:
+        assert len({recipe_of(one, tier) for one in DECAY.values()}) == len(DECAY)
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_ramps_end_where_the_product_is_in_the_middle_of_the_window(tier):
+    for arm in ("decay", "standard-decay", "deep-decay", "rates-taps", "long-rates"):
+        recipe = recipe_of(DECAY[arm], tier)
+        ends = [recipe.alpha_min, recipe.rates_as, recipe.taps_as, recipe.norms_as]
+        told = [end for end in ends if 0 < end < 1]
+        assert told and told == pytest.approx([suggest_alpha_min(recipe.depth)] * len(told), 1e-3)
+    base, tuned = recipe_of(DECAY["decay"], tier), recipe_of(DECAY["decay-lr-2"], tier)
+    assert tuned.lr == 2 * base.lr
+    assert recipe_of(DECAY["long-decay"], "t4").epochs == 90 and base.depth in (6, 12)
+
+
+def test_the_decay_study_runs_what_decides_first(tmp_path):
+    runs = [(one.arm, seed) for one, seed in experiments.queue("decay", tmp_path)]
+    assert len(runs) == len(set(runs)) == sum(len(one.seeds) for one in DECAY.values())
+    deciding = [*experiments._TRIED, *experiments._CELLS]
+    assert runs[:30] == [(arm, seed) for seed in (0, 1, 2) for arm in deciding]
+    assert runs[30:36] == [(arm, seed) for seed in (3, 4) for arm in MASKED]
+    order = [DECAY[arm].turn for arm, _ in runs]
+    assert order == sorted(order)
+    for turn in range(6):
+        seeds = [seed for arm, seed in runs if DECAY[arm].turn == turn]
+        assert seeds == sorted(seeds)
+    assert all(arm.startswith("long-") == (DECAY[arm].turn == 5) for arm, _ in runs)
+    halves = [experiments.queue("decay", tmp_path, part, 2) for part in (1, 2)]
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+
+
+def masked_losses(recipe, train_images, steps):
+    """Losses of an experiment's own training, in float64."""
+    state, batches, step = experiments._masked_training(recipe, 0, train_images, cpu=True)
+    state.net.double()
+    train.fit(state, batches, step, until=steps, every=1, quiet=True)
+    return torch.tensor([line["loss"] for line in state.history], dtype=torch.float64)
+
+
+def test_D03_rates_and_taps_are_decay_and_neither_is_alone(monkeypatch):
+    """Claim 13 of the sheet, by the recipes of the study and their training."""
+    monkeypatch.setattr(experiments, "to_float", lambda x: data.to_float(x).double())
+    small = ["patch=8", "dim=16", "heads=2", "decoder_dim=8", "decoder_heads=2", "batch=16"]
+    changes = [*small, "images=96", "epochs=6", "lr=0.02", "precision=no"]
+    images = data.shapes(96, 96)[0]
+    found = {
+        arm: masked_losses(recipe_of(DECAY[arm], "t4", changes), images, 30)
+        for arm in ("decay", "rates-taps", "rates", "taps", "norms")
+    }
+    expected = found.pop("decay")
+    assert len(expected) == 30
+    gaps = {arm: (losses - expected).abs().max().item() for arm, losses in found.items()}
+    assert gaps.pop("rates-taps") < 1e-12
+    assert min(gaps.values()) > 1e-4
+
+
+@pytest.mark.parametrize("arm", experiments._ARMS)
+def test_every_arm_of_the_decay_study_trains(arm):
+    changes = ["batch=16", "images=96", "lr=0.01", "epochs=4", *LITTLE]
+    recipe = recipe_of(DECAY[arm], "cpu", changes)
+    losses = experiments.first_losses(recipe, 0, data.shapes(96, 96)[0])
+    assert len(losses) == 5 and all(0 < loss < 2 for loss in losses)
+
+
+def test_record_of_the_decay_study_follows_its_encoder_over_time(little_images, monkeypatch):
+    changes = ["batch=16", "epochs=8", "images=96", "measured=60", "lr=0.01", *LITTLE]
+    path = experiments.run("decay-identity-drop", changes=changes)
+    run = results.read(path)
+    assert not list(path.parent.glob("*.safetensors")) and "encoder" not in run.metrics
+    seen, after = run.metrics["over_time"], run.metrics["trained"]
+    assert seen["step"] == [6, 12, 24, 48]
+    for name in ("knn_last", "knn_best"):
+        assert len(seen[name]) == 4 and all(0 < accuracy < 1 for accuracy in seen[name])
+    assert seen["knn_last"] <= seen["knn_best"]
+    assert len(set(seen["rank_entropy_last"])) == 4
+    assert 0 < after["knn_held"] < 1
+    # Who looks changes nothing.
+    monkeypatch.setattr(experiments, "_watched", lambda step, *rest: step)
+    blind = results.read(experiments.run("decay-identity-drop", changes=changes, out="blind"))
+    assert "over_time" not in blind.metrics
+    assert (blind.curve, blind.metrics["trained"]) == (run.curve, after)
+
+
+def test_each_tenth_of_the_bank_is_asked_once_and_never_of_itself(monkeypatch):
+    asked = []
+
+    def look(layer, bank_labels, labels):
+        bank, queries = (set(part[:, 0].tolist()) for part in layer)
+        assert not bank & queries and len(bank) == 45 and len(labels) == 5
+        assert set(bank_labels.tolist()) == bank and set(labels.tolist()) == queries
+        asked.extend(queries)
+        return len(asked) / 100
+
+    monkeypatch.setattr(experiments, "_neighbours", look)
+    rows = torch.arange(50)
+    assert experiments._held(rows[:, None].float(), rows) == pytest.approx(0.275)
+    assert sorted(asked) == list(range(50))
+
+
+def test_rates_of_the_arms_are_those_that_won_their_trials():
+    for arm in experiments._TRIED:
+        names = {0.5: f"{arm}-lr-0.5", 1.0: arm, 2.0: f"{arm}-lr-2"}
+        paths = {rate: BOOK / "decay" / f"{name}-s0.json" for rate, name in names.items()}
+        if not all(path.exists() for path in paths.values()):
+            assert arm not in experiments.TUNED
+            continue
+        held = {r: results.read(p).metrics["trained"]["knn_held"] for r, p in paths.items()}
+        assert experiments.TUNED.get(arm, 1.0) == max(held, key=held.get)
+
+
+def test_rates_of_a_decay_need_plain_shortcuts():
+    recipe = MaskedRecipe(arch="paper", alpha_min=0.5, rates_as=0.5, batch=16)
+    with pytest.raises(ValueError, match="paths must have rule Plain"):
+        experiments._masked_training(recipe, 0, data.shapes(96, 96)[0])
+
+
+def test_norms_of_another_ramp_are_damped_as_there():
+    plain, like, decayed, undamped = (
+        experiments.encoder_of(MaskedRecipe(depth=2, arch="paper", **more), 32, 3)
+        for more in ({}, {"norms_as": 0.4}, {"alpha_min": 0.4}, {"alpha_min": 0.4, "norms_as": 1})
+    )
+    products = (1, 1, 0.8, 0.8 * 0.6)  # of the factors 1, .8, .6, .4 before each sub-layer
+    for net, expected in (
+        (plain, [1e-6] * 4),
+        (decayed, [1e-6] * 4),
+        (like, [1e-6 / p**2 for p in products]),
+        (undamped, [1e-6 * p**2 for p in products]),
+    ):
+        assert [block.norm.eps for block in net.blocks] == pytest.approx(expected, 1e-9)
+
+
+def test_a_field_that_came_after_a_record_had_its_default(little_images):
+    changes = ["batch=16", "images=96", "measured=60", "epochs=1", *LITTLE]
+    path = experiments.run("mae-standard", changes=changes)
+    run = results.read(path)
+    later = ("kind", "rates_as", "taps_as", "norms_as")
+    old = {key: value for key, value in run.recipe.items() if key not in later}
+    results.write(dataclasses.replace(run, recipe=old), path.parents[1])
+    assert experiments.run("mae-standard", changes=changes, resume=True) == path
+    with pytest.raises(ValueError, match=r"other settings: .*'norms_as': \(0\.0, 0\.5\)"):
+        experiments.run("mae-standard", changes=[*changes, "norms_as=0.5"], resume=True)
 
 
 @pytest.mark.parametrize("arm", MASKED)
@@ -466,7 +693,8 @@ def test_report_of_masked_nets_is_about_their_features(little_images, capsys):
     run = results.read(experiments.run("mae-decay", changes=["batch=32", "images=96", *LITTLE]))
     capsys.readouterr()
     assert main(["report", "--out", "runs"]) == 0
-    lines = [text.split() for text in capsys.readouterr().out.splitlines() if " decay " in text]
+    lines = [text.split() for text in capsys.readouterr().out.splitlines()]
+    lines = [words for words in lines if words[:2] == ["mae", "decay"]]
     told = {name: float(mean) for _, _, name, mean, _, _ in lines}
     after = run.metrics["trained"]
     expected = {f"trained.{k}": after[k] for k in ("knn_last", "probe_last", "loss")}
@@ -533,12 +761,12 @@ def test_first_five_losses_of_a_record_replay(name):
     except ValueError:
         pytest.skip(f"{name} is not recorded yet")
     recipe = recipe_of(one, run.recipe["tier"])
-    train = None
+    images = None
     if not isinstance(recipe, SpiralRecipe):
         if not os.environ.get("MINI_RESDECAY_DATA"):
             pytest.skip("MINI_RESDECAY_DATA is not set: no real images to replay on")
-        train = data.load(recipe.data, "train").subset(recipe.images, 0)
-        assert results.check_fingerprint(run, train.fingerprint)
-    losses = experiments.first_losses(recipe, run.seed, train)
+        images = data.load(recipe.data, "train").subset(recipe.images, 0)
+        assert results.check_fingerprint(run, images.fingerprint)
+    losses = experiments.first_losses(recipe, run.seed, images)
     assert len(losses) == len(run.first_losses) == 5
     torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)
