@@ -863,13 +863,8 @@ CHAPTER_7: dict[str, Exercise] = {
 # ---- Chapter 8 -------------------------------------------------------------------------------
 
 
-def _winners(
-    near: Tensor, labels: Tensor, k: int, T: float, shift: bool = True, power: float = -1.0
-) -> Tensor:
-    top, at = near.topk(k)
-    weight = ((top - top[:, :1] if shift else top) * T**power).exp()
-    votes = top.new_zeros(len(near), int(labels.max()) + 1)
-    return votes.scatter_add(1, labels[at], weight).argmax(1)
+def _overflow(k: int, T: float, start: float = 65_504.0) -> float:
+    return T * math.log(start / k)
 
 
 def _flattery(scores: Tensor, choose: int = 0, read: int = 1) -> Tensor:
@@ -889,12 +884,6 @@ def _best_on_average(scores: Tensor) -> Tensor:
     return _flattery(scores.mean(0, keepdim=True))
 
 
-def _near_case(seed: int) -> tuple[Tensor, Tensor, int, float]:
-    g = torch.Generator().manual_seed(seed)
-    near = 0.8 + 0.2 * torch.rand(40, 30, generator=g)
-    return near.half(), torch.randint(4, (30,), generator=g), 7, 0.05
-
-
 def _scores_case(seed: int, draws: int, settings: int) -> tuple[Tensor]:
     return (torch.rand(draws, 2, settings, generator=torch.Generator().manual_seed(seed)),)
 
@@ -912,23 +901,20 @@ CHAPTER_8: dict[str, Exercise] = {
         tolerance=2e-3,
     ),
     "ex-08-2": Exercise(
-        solution=_winners,
+        solution=_overflow,
         mistakes={
-            "in half precision some of your votes are infinite, and among infinities the first class wins.": lambda near, labels, k, T: (
-                _winners(near, labels, k, T, shift=False)
+            "that is where one vote overflows. k of them are added up.": lambda k, T: _overflow(1, T),
+            "where is the temperature? The exponent is c / T.": lambda k, T: _overflow(k, 1.0),
+            "c / T is the logarithm, so multiply by T.": lambda k, T: _overflow(k, 1.0) / T,
+            "k votes overflow earlier than one, not later.": lambda k, T: _overflow(1, T, 65_504.0 * k),
+            "a logarithm to the base 10 does not undo exp.": lambda k, T: (
+                _overflow(k, T) / math.log(10)
             ),
-            "all k neighbours have one vote each. Where is the temperature?": lambda near, labels, k, T: (
-                _winners(near, labels, k, 1e9)
-            ),
-            "only the nearest is heard.": lambda near, labels, k, T: _winners(near, labels, 1, T),
-            "the least similar have voted. topk wants the cosines themselves.": lambda near, labels, k, T: (
-                _winners(-near, labels, k, T)
-            ),
-            "you vote with the whole bank. Take the k nearest first.": lambda near, labels, k, T: (
-                _winners(near, labels, near.shape[1], T)
+            "that is where single precision ends. Half precision ends at 65 504.": lambda k, T: (
+                _overflow(k, T, 3.4028e38)
             ),
         },
-        cases=(_near_case(0), _near_case(1)),
+        cases=((20, 0.07), (5, 0.5)),
     ),
     "ex-08-3": Exercise(
         solution=(21.637, 39.661),
