@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("name")
     show.set_defaults(command=_show)
     run = commands.add_parser("run", help="run one seed, or all of STUDY-study; write results")
-    run.add_argument("name", help="an experiment, or STUDY-study for all that is not recorded yet")
+    run.add_argument("name", help="an experiment, or STUDY-study for all that --out lacks")
     run.add_argument("--tier", default="cpu", help=f"{', '.join(TIERS)} (default: cpu)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--data", help="folder of image sets (default: MINI_RESDECAY_DATA)")
@@ -123,8 +123,9 @@ def _report(options: argparse.Namespace) -> None:
             except ValueError:  # CKA is not defined where a layer maps all inputs to one point
                 print(f"{experiment.study:10} {experiment.arm:32} {metric:24} undefined")
                 continue
+            spread = f"{sd:8.4f}" if n > 1 else f"{'–':>8}"
             print(
-                f"{experiment.study:10} {experiment.arm:32} {metric:24} {mean:8.4f} {sd:8.4f}  {n}"
+                f"{experiment.study:10} {experiment.arm:32} {metric:24} {mean:8.4f} {spread}  {n}"
             )
 
 
