@@ -23,7 +23,7 @@ from mini_resdecay.shortcuts import SHORTCUTS, suggest_alpha_min
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
 # Studies of which every seed is recorded; of others, what is there is checked.
-IN_THE_BOOK = [name for name, one in EXPERIMENTS.items() if one.study in ("spiral", "reuse")]
+IN_THE_BOOK = [name for name, e in EXPERIMENTS.items() if e.study in ("spiral", "reuse", "mae")]
 # Of these the first five losses are computed again: every study, every kind of net and of step.
 REPLAYED = [
     "spiral-relu",
