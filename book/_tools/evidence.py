@@ -881,7 +881,7 @@ def table_row(one: Line, rule: str) -> str:
 
 def so_far(claim: Claim, lines: Sequence[Line]) -> str:
     """ ", so far" where runs that decide are missing, or kinds of runs."""
-    some = any(one.reading not in UNREAD for one in lines)
+    some = any(one.reading not in UNREAD for one in lines if one.what.decides)
     missing = any(one.seeds < one.planned for one in lines if one.what.decides)
     return ", so far" if some and (missing or claim.needs) else ""
 
