@@ -9,12 +9,11 @@ records. A test writes the page again and compares.
 """
 
 import argparse
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -797,13 +796,12 @@ def by_interval(what: Comparison | Link, pairs: Sequence[tuple[float, float]]) -
     return SHOWN if claimed > 0 else OPPOSITE
 
 
-def by_decision(what: Comparison | Link, pairs: Sequence[tuple[float, float]]) -> str:
-    """The rule of the study `mae`: every seed, a point on average, and two pooled deviations."""
-    gaps = [what.sign * (a - b) for a, b in pairs]
-    spread = math.sqrt(mean(stdev(side) ** 2 for side in zip(*pairs, strict=True)))
-    if abs(mean(gaps)) < max(0.01, 2 * spread) or len({gap > 0 for gap in gaps}) > 1:
-        return NOT_SHOWN
-    return SHOWN if mean(gaps) > 0 else OPPOSITE
+def by_decision(what: Comparison, runs: Runs) -> str:
+    """The rule of the study `mae`, or its mirror image: `results.decided`."""
+    arm, control = (tuple(runs[what.study, name].values()) for name in what.arms[:: what.sign])
+    if results.decided(arm, control, what.metric):
+        return SHOWN
+    return OPPOSITE if results.decided(control, arm, what.metric) else NOT_SHOWN
 
 
 def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
@@ -815,9 +813,12 @@ def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
     if len(pairs) < 2 or few_arms:
         told = FEW_ARMS if few_arms else NOT_RUN
         return Line(what, means, None, len(pairs), planned(what), told)
-    read = by_decision if claim.rule == "study" and what.decides else by_interval
+    if claim.rule == "study" and what.decides and isinstance(what, Comparison):
+        told = by_decision(what, runs)
+    else:
+        told = by_interval(what, pairs)
     gap = results.paired_interval(a, b)
-    return Line(what, means, gap, len(pairs), planned(what), read(what, pairs))
+    return Line(what, means, gap, len(pairs), planned(what), told)
 
 
 def verdict(claim: Claim, lines: Sequence[Line]) -> str:

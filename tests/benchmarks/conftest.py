@@ -1,11 +1,12 @@
 """When a ratio of two times says something: only on a machine whose memory is not starved."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
+from turns import THREADS
 
 ENOUGH = 3.0  # GB/s; a laptop has 10, and a crowded host has been seen at 0.2
 
@@ -34,9 +35,19 @@ def at_least() -> Callable[[float, float], None]:
     return judge
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+def _with_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    yield from _with_threads(1)
+
+
+@pytest.fixture
+def few_threads() -> Iterator[None]:
+    """As many as `turns` times: two on a quiet machine."""
+    yield from _with_threads(THREADS)

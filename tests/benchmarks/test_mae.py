@@ -8,25 +8,21 @@ for a busy machine. Two threads on a quiet machine; on a busy one they would mos
 other, so there it is the processor time of one.
 """
 
-import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from turns import ratio, seconds
 
 from mini_resdecay.mae import MAE
 from mini_resdecay.vit import ViT
 
-BATCH, ROUNDS = 64, 7
-QUIET = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5
-THREADS, clock = (2, time.perf_counter) if QUIET else (1, time.process_time)
+BATCH, ROUNDS, WARM_UP = 64, 7, 3  # three to warm up and compile
 Step = Callable[[], None]
 
 
@@ -73,39 +69,15 @@ NETS: dict[str, Callable[[], Step]] = {
 }
 
 
-@pytest.fixture
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seconds(names: list[str]) -> dict[str, list[float]]:
-    """Of one step, by net and round."""
-    steps = {name: NETS[name]() for name in names}
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-3, ROUNDS):  # three to warm up and compile
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if round_ >= 0:
-                found[name].append(clock() - start)
-    print(f"\n{THREADS} thread(s)")
-    for name, times in found.items():
-        print(f"{name}: {1e3 * statistics.median(times):.0f} ms a step")
-    return found
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def steps(*names: str) -> dict[str, Step]:
+    return {name: NETS[name]() for name in names}
 
 
 @pytest.mark.benchmark
 def test_a_step_takes_half_the_time_of_hugging_face(few_threads, capsys, at_least):
-    names = ["Hugging Face", "Hugging Face tuned", "ours", "ours, paper"]
+    works = steps("Hugging Face", "Hugging Face tuned", "ours", "ours, paper")
     with capsys.disabled():
-        times = seconds(names)
+        times = seconds(works, ROUNDS, WARM_UP)
         faster = ratio(times["Hugging Face"], times["ours"])
         paper = ratio(times["Hugging Face"], times["ours, paper"])
         print(f"  {faster:.2f} times as fast (target 2.0); with long skips {paper:.2f}")
@@ -118,8 +90,9 @@ def test_a_step_takes_half_the_time_of_hugging_face(few_threads, capsys, at_leas
 def test_a_compiled_step_is_faster_still(few_threads, capsys, at_least, tool_missing):
     if not (shutil.which("g++") or shutil.which("clang++")):
         tool_missing("torch.compile needs a C++ compiler")
+    works = steps("Hugging Face", "Hugging Face tuned, compiled", "ours, compiled")
     with capsys.disabled():
-        times = seconds(["Hugging Face", "Hugging Face tuned, compiled", "ours, compiled"])
+        times = seconds(works, ROUNDS, WARM_UP)
         faster = ratio(times["Hugging Face"], times["ours, compiled"])
         tuned = ratio(times["Hugging Face tuned, compiled"], times["ours, compiled"])
         print(f"  {faster:.2f} times as fast (target 2.5), {tuned:.2f} as tuned (target 1.05)")

@@ -9,7 +9,6 @@ Each round takes one turn of everything, and the median of the rounds' ratios is
 for a busy machine. Two threads on a quiet machine, else the processor time of one.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from turns import ratio, seconds
 
 from mini_resdecay.data import load, to_float
 from mini_resdecay.diffusion import Diffusion
@@ -30,8 +30,6 @@ BATCH, ROUNDS = 32, 7
 # Ten steps stand for fifty: all cost the same.
 IMAGES, STEPS, SAMPLE_ROUNDS = 64, 10, 3
 ROWS = 50_000
-QUIET = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5
-THREADS, clock = (2, time.perf_counter) if QUIET else (1, time.process_time)
 
 
 class Dit(nn.Module):
@@ -104,33 +102,6 @@ def pipeline_loop(net: nn.Module, start: Tensor) -> Tensor:
 def our_samples(net: nn.Module, start: Tensor, half: bool) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         return Diffusion().sample(net, start.shape, "ddim", STEPS, clip=1.0, noise=start)
-
-
-@pytest.fixture
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seconds(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Of one turn, by name and round; one round more to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(-1, rounds):
-        for name, work in works.items():
-            start = clock()
-            work()
-            if round_ >= 0:
-                found[name].append(clock() - start)
-    print(f"\n{THREADS} thread(s)")
-    for name, times in found.items():
-        print(f"{name}: {1e3 * statistics.median(times):.0f} ms")
-    return found
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 @pytest.mark.slow
