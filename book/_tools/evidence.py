@@ -24,8 +24,8 @@ from mini_resdecay.experiments import EXPERIMENTS
 from mini_resdecay.results import Interval, Run
 
 BOOK = Path(__file__).resolve().parents[1]
-SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "the opposite"
-PARTLY, MIXED, NOT_RUN, HELD = "partly shown", "mixed", "not yet run", "exact"
+HOLDS, NOT_HERE, CONTRADICTED = "holds here", "not at this scale", "contradicted"
+PARTLY, MIXED, NOT_RUN, HELD = "holds in part", "mixed", "not yet run", "exact"
 FEW_ARMS = "too few arms"  # for a correlation
 UNREAD = (NOT_RUN, FEW_ARMS)
 Runs = Mapping[tuple[str, str], Mapping[int, Run]]  # study and arm, then seed
@@ -157,20 +157,20 @@ MARKS = {
     "derived": "derived for this book",
 }
 RULES = {
-    "every": "by the 95 % interval of each comparison; *shown* if all lie on the claimed side",
-    "any": "by the 95 % interval of each comparison; *shown* if at least one lies on the claimed "
-    "side, since the claim is about certain cases; some that point the other way do not refute it",
-    "study": "for lines marked *(rule)* that of the study, which says when a claim holds; *the "
-    "opposite* is our mirror image of it. For lines marked *(interval)* the 95 % interval",
+    "every": "by the 95 % interval of each comparison; *holds here* if all lie on the claimed side",
+    "any": "by the 95 % interval of each comparison; *holds here* if at least one lies on the "
+    "claimed side, since the claim is about certain cases; some that point the other way do not refute it",
+    "study": "for lines marked *(rule)* that of the study, which says when a claim holds; "
+    "*contradicted* is our mirror image of it. For lines marked *(interval)* the 95 % interval",
 }
 VERDICTS = {
-    SHOWN: "by its rule the claim holds here, in every comparison that decides (where the claim is "
+    HOLDS: "by its rule the claim holds here, in every comparison that decides (where the claim is "
     "about certain cases: in one)",
-    PARTLY: "some comparisons show it, the others show nothing",
-    MIXED: "some comparisons show it, and some show the opposite",
-    NOT_SHOWN: "no comparison that decides shows it; some may point the other way (all of them, "
+    PARTLY: "it holds in some comparisons, the others show nothing",
+    MIXED: "it holds in some comparisons, and some contradict it",
+    NOT_HERE: "no comparison that decides shows it; some may point the other way (all of them, "
     "where the claim is about certain cases). An effect too small for so few seeds may be there",
-    OPPOSITE: "all comparisons that decide point the other way",
+    CONTRADICTED: "all comparisons that decide point the other way",
     NOT_RUN: "fewer than two seeds are recorded, or no run was made",
     HELD: "a statement that follows from the definitions, held by a test",
 }
@@ -788,20 +788,20 @@ def planned(what: Comparison | Link) -> int:
 
 
 def by_interval(what: Comparison | Link, pairs: Sequence[tuple[float, float]]) -> str:
-    """Shown if the 95 % interval lies on the claimed side (of the margin), or the opposite."""
+    """Holds if the 95 % interval lies on the claimed side (of the margin); or the opposite."""
     gap = results.paired_interval(*zip(*pairs, strict=True))
     claimed = what.sign * gap.mean + what.margin
     if abs(claimed) <= gap.half_width:
-        return NOT_SHOWN
-    return SHOWN if claimed > 0 else OPPOSITE
+        return NOT_HERE
+    return HOLDS if claimed > 0 else CONTRADICTED
 
 
 def by_decision(what: Comparison, runs: Runs) -> str:
     """The rule of the study `mae`, or its mirror image: `results.decided`."""
     arm, control = (tuple(runs[what.study, name].values()) for name in what.arms[:: what.sign])
     if results.decided(arm, control, what.metric):
-        return SHOWN
-    return OPPOSITE if results.decided(control, arm, what.metric) else NOT_SHOWN
+        return HOLDS
+    return CONTRADICTED if results.decided(control, arm, what.metric) else NOT_HERE
 
 
 def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
@@ -824,14 +824,14 @@ def line(claim: Claim, what: Comparison | Link, runs: Runs) -> Line:
 def verdict(claim: Claim, lines: Sequence[Line]) -> str:
     """The verdict of a row, from the readings of the comparisons that decide."""
     read = [one.reading for one in lines if one.what.decides and one.reading not in UNREAD]
-    shown, opposite = read.count(SHOWN), read.count(OPPOSITE)
+    held, against = read.count(HOLDS), read.count(CONTRADICTED)
     if not read:
         return NOT_RUN
-    if shown == len(read) or (shown and claim.rule == "any"):
-        return SHOWN
-    if shown and claim.rule != "study":  # that one asks for all
-        return MIXED if opposite else PARTLY
-    return OPPOSITE if opposite == len(read) and claim.rule != "any" else NOT_SHOWN
+    if held == len(read) or (held and claim.rule == "any"):
+        return HOLDS
+    if held and claim.rule != "study":  # that one asks for all
+        return MIXED if against else PARTLY
+    return CONTRADICTED if against == len(read) and claim.rule != "any" else NOT_HERE
 
 
 # ---- the page ----
@@ -888,12 +888,12 @@ def so_far(claim: Claim, lines: Sequence[Line]) -> str:
 
 
 def count(claim: Claim, lines: Sequence[Line]) -> str:
-    """How many of the comparisons that decide are shown, and how many are the opposite."""
+    """In how many of the comparisons that decide it holds, and how many contradict it."""
     read = [one.reading for one in lines if one.what.decides]
     if set(read) <= set(UNREAD):
         return ""
-    parts = [f"{read.count(SHOWN)} of {len(read)} comparisons shown"]
-    parts += [f"{n} {word}" for word in (OPPOSITE, *UNREAD) if (n := read.count(word))]
+    parts = [f"holds in {read.count(HOLDS)} of {len(read)} comparisons"]
+    parts += [f"{word} {n}" for word in (CONTRADICTED, *UNREAD) if (n := read.count(word))]
     return f" ({', '.join(parts)})"
 
 
@@ -1004,7 +1004,7 @@ def studies(runs: Runs) -> str:
 
 
 def tally(words: Sequence[str]) -> str:
-    """ "2 mixed, 1 shown": how often each verdict was given, in the order of the list above."""
+    """ "1 holds here, 2 mixed": how often each verdict was given, in the order of the list."""
     return ", ".join(f"{n} {word}" for word in VERDICTS if (n := words.count(word)))
 
 

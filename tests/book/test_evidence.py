@@ -161,12 +161,15 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     ("decay", "verdict"),
     [
         # Above both in all seeds, by more than a point and two pooled deviations (of 0.01 each).
-        ([0.50, 0.51, 0.52], "**shown**, so far (2 of 2 comparisons shown)"),
-        ([0.30, 0.31, 0.32], "**the opposite**, so far (0 of 2 comparisons shown, 2 the opposite)"),
+        ([0.50, 0.51, 0.52], "**holds here**, so far (holds in 2 of 2 comparisons)"),
+        (
+            [0.30, 0.31, 0.32],
+            "**contradicted**, so far (holds in 0 of 2 comparisons, contradicted 2)",
+        ),
         # By 2.5 points over the standard net and by 1.5 over skips alone, in all seeds.
-        ([0.425, 0.435, 0.445], "**not shown**, so far (1 of 2 comparisons shown)"),
+        ([0.425, 0.435, 0.445], "**not at this scale**, so far (holds in 1 of 2 comparisons)"),
         # Far above in two seeds, below in the third.
-        ([0.70, 0.71, 0.30], "**not shown**, so far (0 of 2 comparisons shown)"),
+        ([0.70, 0.71, 0.30], "**not at this scale**, so far (holds in 0 of 2 comparisons)"),
     ],
 )
 def test_the_masked_study_is_read_by_its_own_rule(
@@ -180,16 +183,16 @@ def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> N
     arms = {"standard": [0.40, 0.41, 0.42], "skips-only": [0.42, 0.44, 0.46]}
     row = rows_of(tmp_path, arms)["B5"]
     half = 4.3027 * 0.01 / math.sqrt(3)
-    line = f"| kNN, last block ↑ | 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | shown, 3/3 |"
+    line = f"| kNN, last block ↑ | 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | holds here, 3/3 |"
     assert line in row.replace("\u00a0", " ")
-    assert told(row) == "**shown** (1 of 1 comparisons shown)"
+    assert told(row) == "**holds here** (holds in 1 of 1 comparisons)"
 
 
 def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
     few = {"standard": [0.40, 0.41], "skips-only": [0.45, 0.46, 0.47], "decay": [0.5]}
     rows = rows_of(tmp_path, few)
-    assert told(rows["B5"]) == "**shown**, so far (1 of 1 comparisons shown)"
-    assert "| +0.050 in every seed | shown, 2/3 |" in rows["B5"]
+    assert told(rows["B5"]) == "**holds here**, so far (holds in 1 of 1 comparisons)"
+    assert "| +0.050 in every seed | holds here, 2/3 |" in rows["B5"]
     assert told(rows["B1"]) == "**not yet run**"
     assert "| 0.400 →\u00a00.500 | – | too few seeds, 1/3 |" in rows["B1"]
     assert "- **Still to run**: The seeds missing above." in rows["B5"]
@@ -215,7 +218,7 @@ def test_a_margin_is_granted(tmp_path: Path) -> None:
             run = a_run("decay", seed, 0.5, loss=loss + extra)
             results.write(run, tmp_path / part)
     verdicts = [told(sections(evidence.page(tmp_path / p))["B9"]) for p in ("inside", "outside")]
-    assert [one.split("**")[1] for one in verdicts] == ["shown", "the opposite"]
+    assert [one.split("**")[1] for one in verdicts] == ["holds here", "contradicted"]
 
 
 def test_three_arms_are_too_few_for_a_correlation(tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_six_arms_are_enough_for_a_correlation() -> None:
         for place, arm in enumerate(link.arms)
     }
     read = evidence.line(claim, link, runs)
-    assert (read.gap.mean, read.gap.half_width, read.reading) == (-1.0, 0.0, evidence.SHOWN)
+    assert (read.gap.mean, read.gap.half_width, read.reading) == (-1.0, 0.0, evidence.HOLDS)
     few = replace(link, arms=link.arms[:5])
     assert evidence.line(claim, few, runs).reading == evidence.FEW_ARMS
     assert evidence.verdict(claim, [evidence.line(claim, few, runs)]) == evidence.NOT_RUN
@@ -245,7 +248,7 @@ def test_six_arms_are_enough_for_a_correlation() -> None:
 
 def test_rows_say_by_which_rule_they_are_read(tmp_path: Path) -> None:
     row = rows_of(tmp_path, BASE | {"decay": [0.30, 0.31, 0.32]})["B1"]
-    assert row.count("the opposite *(rule)*, 3/3") == 2
+    assert row.count("contradicted *(rule)*, 3/3") == 2
     assert row.count(" *(interval)*, 3/3") == row.count("*(beside)*") == 8
 
 
@@ -258,12 +261,12 @@ def test_a_study_without_records_is_not_listed(tmp_path: Path) -> None:
 
 def test_certain_cases_need_one_and_are_not_refuted() -> None:
     claim = next(one for one in evidence.CLAIMS if one.rule == "any")
-    cell = evidence.Line(claim.compared[0], None, None, 5, 5, evidence.OPPOSITE)
-    assert evidence.verdict(claim, [cell, cell]) == evidence.NOT_SHOWN
-    lines = [cell, cell._replace(reading=evidence.SHOWN)]
-    assert evidence.verdict(claim, lines) == evidence.SHOWN
+    cell = evidence.Line(claim.compared[0], None, None, 5, 5, evidence.CONTRADICTED)
+    assert evidence.verdict(claim, [cell, cell]) == evidence.NOT_HERE
+    lines = [cell, cell._replace(reading=evidence.HOLDS)]
+    assert evidence.verdict(claim, lines) == evidence.HOLDS
     assert evidence.verdict(replace(claim, rule="every"), lines) == evidence.MIXED
-    assert evidence.verdict(replace(claim, rule="every"), [cell]) == evidence.OPPOSITE
+    assert evidence.verdict(replace(claim, rule="every"), [cell]) == evidence.CONTRADICTED
 
 
 def test_numbers_of_lists() -> None:
