@@ -159,7 +159,8 @@ MARKS = {
 RULES = {
     "every": "by the 95 % interval of each comparison; *holds here* if all lie on the claimed side",
     "any": "by the 95 % interval of each comparison; *holds here* if at least one lies on the "
-    "claimed side, since the claim is about certain cases; some that point the other way do not refute it",
+    "claimed side, since the claim is about certain cases; some that point the other way do not "
+    "refute it",
     "study": "for lines marked *(rule)* that of the study, which says when a claim holds; "
     "*contradicted* is our mirror image of it. For lines marked *(interval)* the 95 % interval",
 }
