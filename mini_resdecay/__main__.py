@@ -18,7 +18,9 @@ from .experiments import EXPERIMENTS, TIERS
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.
 DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
 FEATURES = ("knn_last", "knn_best", "probe_last", "probe_best", "rank_entropy.-1", "loss")
+SAMPLES = ("fd", "precision", "recall", "coverage", "knn_best", "probe_best", "test_loss")
 REPORTED = dict.fromkeys(("mae", "decay"), tuple(f"trained.{metric}" for metric in FEATURES))
+REPORTED["diffusion"] = tuple(f"trained.{metric}" for metric in SAMPLES)
 
 
 def main(arguments: list[str] | None = None) -> int:
