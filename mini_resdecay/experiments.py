@@ -335,7 +335,9 @@ def _tiers(
             lr=rate * size.lr,
             # A denoiser has one more block, in the middle.
             **{
-                k: _window(deeper * size.depth + hasattr(size, "ema")) if v == WINDOW else v
+                k: _window(deeper * size.depth + isinstance(size, DiffusionRecipe))
+                if v == WINDOW
+                else v
                 for k, v in changes.items()
             },
         )
@@ -474,8 +476,8 @@ _GENERATES = (
     "without guidance, to 10 000 test images, by the features of one fixed classifier. Decay "
     "lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, 2, lies "
     "below 0; anything else falsifies that at this scale, and above 0 decay harms. no-skips is "
-    "read so too. Step sizes explain decay if equal-steps minus plain excludes 0 on the same side and "
-    "decay minus equal-steps does not exclude 0"
+    "read so too. Step sizes explain decay if equal-steps minus plain excludes 0 on the same side "
+    "and decay minus equal-steps does not exclude 0"
 )
 
 
@@ -1130,13 +1132,12 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
         weights = results.encoder_weights(run)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"samples need their judge, made once by: python -m mini_resdecay run judge-{recipe.data} "
-            f"--tier t4 --out book/results ({error})"
+            f"samples of {recipe.data} need their judge, made once by: python -m mini_resdecay run "
+            f"judge-{recipe.data} --tier t4 --out book/results ({error})"
         ) from error
+    own = {name: value for name, value in run.recipe.items() if name != "tier"}
     with torch.device("meta"):  # draws no numbers
-        judge = _image_net(
-            ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
-        )
+        judge = _image_net(ImageRecipe(**own), test)
     judge.load_state_dict(weights, assign=True)
     real = test.subset(min(5 * recipe.samples, len(test)), 1)
     return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
@@ -1166,8 +1167,8 @@ def _diagnose_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """By noise level: features as in `_diagnose_masked`, of noisy images without their class."""
-    sizes = {train: recipe.measured, test: recipe.measured // 2}
-    bank, asked = (part.subset(min(n, len(part)), 1) for part, n in sizes.items())
+    bank = train.subset(min(recipe.measured, len(train)), 1)
+    asked = test.subset(min(recipe.measured // 2, len(test)), 1)
     labels, fixed = (bank.labels, asked.labels), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"knn": {}, "probe": {}, "rank_entropy": {}}
     for t in map(str, LEVELS):
@@ -1204,14 +1205,8 @@ def _judged(
     n, read = recipe.samples, partial(_features, judge)
     made = _draw(net, recipe, seed, n)
     features, floor = read(made), read(to_float(train.images[: len(train) // 2]))
-    clouds = {
-        "": features,
-        "_floor": floor[:n],
-        "_floor_half": floor,
-        "_noise": read(
-            torch.randn(made.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-        ),
-    }
+    noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    clouds = {"": features, "_floor": floor[:n], "_floor_half": floor, "_noise": read(noise)}
     found: dict[str, Any] = {
         "fd_name": f"FD_judge-{recipe.data}@{n}",
         "judge": digest,
@@ -1220,7 +1215,8 @@ def _judged(
     }
     if recipe.labelled:
         y = torch.arange(recipe.guided) % net.stem.classes
-        seen = [read(_draw(net, recipe, seed, len(y), w)) for w in recipe.guidances]
+        draw = partial(_draw, net, recipe, seed, len(y))
+        seen = [features[: len(y)] if w == 1 else read(draw(w)) for w in recipe.guidances]
         found["guidance"] = {
             "scale": list(recipe.guidances),
             "fd": [frechet_distance(cloud, real) for cloud in seen],
