@@ -778,7 +778,7 @@ def _run_images(
     net = state.net.encoder if isinstance(state.net, MAE) else state.net
     kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
     if isinstance(recipe, DiffusionRecipe):
-        judged, made = _judged(state.ema, recipe, seed, *sets)
+        judged, made = _judged(looked_at[0], recipe, seed, *sets)
         metrics["trained"] |= judged
         kept = {"samples": ((made[:64] + 1) * 127.5).round().byte()}
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
