@@ -202,7 +202,7 @@ class DiffusionRecipe:
     samples: int = 2000
     sampling_steps: int = 50
     guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
-    guided: int = 500
+    guided: int = 400
     measured: int = 4000
     rates_as: float = 0.0
 
