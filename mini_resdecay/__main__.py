@@ -19,8 +19,10 @@ from .experiments import EXPERIMENTS, TIERS
 DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
 FEATURES = ("knn_last", "knn_best", "probe_last", "probe_best", "rank_entropy.-1", "loss")
 SAMPLES = ("fd", "precision", "recall", "coverage", "knn_best", "probe_best", "test_loss")
-REPORTED = dict.fromkeys(("mae", "decay"), tuple(f"trained.{metric}" for metric in FEATURES))
-REPORTED["diffusion"] = tuple(f"trained.{metric}" for metric in SAMPLES)
+REPORTED = {
+    study: tuple(f"trained.{metric}" for metric in metrics)
+    for study, metrics in {"mae": FEATURES, "decay": FEATURES, "diffusion": SAMPLES}.items()
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -482,9 +482,9 @@ _GENERATES = (
 
 
 def _diffusion(arm: str, changes: Mapping[str, Any], turn: int) -> Experiment:
-    tiers = _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes)
     return Experiment(
-        "diffusion", arm, tiers, "arXiv 2404.10947, U-ViT, on other images and smaller",
+        "diffusion", arm, _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes),
+        "arXiv 2404.10947, U-ViT, on other images and smaller",
         _GENERATES, 15, 2.5, (0, 1, 2), turn, keeps=True,
     )  # fmt: skip
 
@@ -778,9 +778,8 @@ def _run_images(
     net = state.net.encoder if isinstance(state.net, MAE) else state.net
     kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
     if isinstance(recipe, DiffusionRecipe):
-        judged, made = _judged(looked_at[0], recipe, seed, *sets)
+        judged, kept = _judged(looked_at[0], recipe, seed, *sets)
         metrics["trained"] |= judged
-        kept = {"samples": ((made[:64] + 1) * 127.5).round().byte()}
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
     if seen:
         metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
@@ -805,11 +804,10 @@ def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step
 
     A look draws nothing: the run is the same with and without it.
     """
-    points = {steps >> k for k in range(4)}
 
     def watched(state: TrainState, batch: Any) -> dict[str, Any]:
         metrics = step(state, batch)
-        if state.step + 1 in points:
+        if state.step + 1 in {steps >> k for k in range(4)}:
             state.history.append({"step": state.step + 1, **look()})
         return metrics
 
@@ -1085,8 +1083,9 @@ def _diffusion_training(
         len(train.classes) if recipe.labelled else None, recipe.shortcut, recipe.alpha_min,
         recipe.long_skips, recipe.zero_init, kind=recipe.kind,
     )  # fmt: skip
-    loss = partial(_denoise, recipe, _process(recipe))
-    return _generative_training(recipe, seed, train, cpu, net, net, loss)
+    return _generative_training(
+        recipe, seed, train, cpu, net, net, partial(_denoise, recipe, _process(recipe))
+    )
 
 
 def _process(recipe: DiffusionRecipe) -> Diffusion:
@@ -1111,14 +1110,13 @@ def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float
     start = torch.Generator().manual_seed(20_000 + seed)
     noise = torch.randn(max(n, recipe.samples), *net.stem.shape, generator=start)[:n].split(128)
     y = (torch.arange(n) % max(1, net.stem.classes)).split(128)
-    made = [
+    return torch.cat([
         _process(recipe).sample(
             net, x.shape, "ddim", recipe.sampling_steps, y=c if recipe.labelled else None,
             guidance=guidance, clip=1.0, noise=x,
         ).cpu()
         for x, c in zip(noise, y, strict=True)
-    ]  # fmt: skip
-    return torch.cat(made)
+    ])  # fmt: skip
 
 
 @lru_cache(1)
@@ -1145,8 +1143,10 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
 
 def _features(judge: nn.Module, images: Tensor) -> Tensor:
     """What the judge's head sees, [n, d]."""
-    maps = (reuse.layer_features(judge, x, modules=["norm"])[0] for x in images.split(500))
-    return torch.cat([x.relu().mean((1, 2)) for x in maps])
+    return torch.cat([
+        reuse.layer_features(judge, x, modules=["norm"])[0].relu().mean((1, 2))
+        for x in images.split(500)
+    ])  # fmt: skip
 
 
 @torch.no_grad()
@@ -1156,8 +1156,10 @@ def _see_denoiser(
     """Loss on test images with fixed noise, and FD of a tenth of the samples."""
     held = test.subset(min(1000, len(test)), 1)
     x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
-    fixed, y = torch.Generator().manual_seed(0), labels if recipe.labelled else None
-    loss = _process(recipe).loss(net, x, y, drop_label=0.0, generator=fixed)
+    loss = _process(recipe).loss(
+        net, x, labels if recipe.labelled else None, drop_label=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
     judge, _, real = _judge(recipe, test)
     few = _features(judge, _draw(net, recipe, seed, recipe.samples // 10))
     return {"test_loss": loss.item(), "fd_few": frechet_distance(few, real)}
@@ -1176,9 +1178,11 @@ def _diagnose_denoiser(
         found["knn"][t] = [_neighbours(layer, *labels) for layer in zip(*pair, strict=True)]
         found["probe"][t] = reuse.probe_layers(pair[0], labels[0], pair[1], labels[1])
         found["rank_entropy"][t] = [reuse.rank_entropy(x[:2048]) for x in pair[1]]
-    for name in ("knn", "probe"):
-        found[f"{name}_best"] = max(max(layers[1:]) for layers in found[name].values())
-    return found | _see_denoiser(net, recipe, seed, train, test)
+    best = {
+        f"{name}_best": max(max(layers[1:]) for layers in found[name].values())
+        for name in ("knn", "probe")
+    }
+    return found | best | _see_denoiser(net, recipe, seed, train, test)
 
 
 def _inside(
@@ -1196,8 +1200,8 @@ def _inside(
 
 def _judged(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
-) -> tuple[dict[str, Any], Tensor]:
-    """FD of the samples and what to read it by, precision to coverage, guidance; and the samples.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """FD of the samples and what to read it by, precision to coverage, guidance; what is kept.
 
     The floor is that of as many real images; the other one, of half of the train images.
     """
@@ -1215,14 +1219,16 @@ def _judged(
     }
     if recipe.labelled:
         y = torch.arange(recipe.guided) % net.stem.classes
-        draw = partial(_draw, net, recipe, seed, len(y))
-        seen = [features[: len(y)] if w == 1 else read(draw(w)) for w in recipe.guidances]
+        seen = [
+            features[: len(y)] if w == 1 else read(_draw(net, recipe, seed, len(y), w))
+            for w in recipe.guidances
+        ]
         found["guidance"] = {
             "scale": list(recipe.guidances),
             "fd": [frechet_distance(cloud, real) for cloud in seen],
             "agreement": [_share_right(judge.head(cloud), y) for cloud in seen],
         }
-    return found, made
+    return found, {"samples": ((made[:64] + 1) * 127.5).round().byte()}
 
 
 # How a recipe becomes a training (state, batches, step), what is measured of the net before and

@@ -923,22 +923,28 @@ def test_two_processes_write_one_record(tmp_path, launch):
     """Under `accelerate launch` each process sees half of a batch; the records are those of one."""
     script = tmp_path / "run.py"
     script.write_text(
-        "from mini_resdecay import data, experiments\n"
+        "from pathlib import Path\n"
+        "from accelerate import PartialState\n"
+        "from mini_resdecay import data, experiments, results\n"
         "from mini_resdecay.__main__ import main\n"
         "sets = {s: data.shapes(n, n)[0] for s, n in (('train', 96), ('test', 60))}\n"
         "experiments.load = lambda name, split, root: sets[split]\n"
+        "results._checkout = lambda: Path('runs')\n"
         "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60']\n"
         "cnn, mae = ['widths=8', 'blocks=1'], ['precision=no', 'lr=0.01', *LITTLE]\n"
-        "for name, more in (('droppath-cifar10-cnn-two-stage', cnn), ('mae-decay', mae)):\n"
-        "    assert main(['run', name, '--set', *changes, *more]) == 0\n".replace(
+        "unet = ['precision=no', *DENOISER]\n"
+        "for name, more in (('droppath-cifar10-cnn-two-stage', cnn), ('mae-decay', mae),\n"
+        "                   ('judge-fashion-mnist', cnn), ('diffusion-plain', unet)):\n"
+        "    assert main(['run', name, '--set', *changes, *more]) == 0\n"
+        "    PartialState().wait_for_everyone()  # for the judge's record\n".replace(
             "*LITTLE", repr(LITTLE)[1:-1]
-        )
+        ).replace("*DENOISER", repr([*DENOISER, *ROUGH])[1:-1])
     )
     found = []
     for folder, processes in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
         printed = launch(script, tmp_path / folder, processes)
-        assert printed.count("recorded in") == 2
+        assert printed.count("recorded in") == 4
         written = sorted((tmp_path / folder / "runs").glob("*/*.json"))
         found.append([results.read(path) for path in written])
     for one, two in zip(*found, strict=True):
