@@ -18,7 +18,11 @@ from .experiments import EXPERIMENTS, TIERS
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.
 DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
 FEATURES = ("knn_last", "knn_best", "probe_last", "probe_best", "rank_entropy.-1", "loss")
-REPORTED = dict.fromkeys(("mae", "decay"), tuple(f"trained.{metric}" for metric in FEATURES))
+SAMPLES = ("fd", "precision", "recall", "coverage", "knn_best", "probe_best", "test_loss")
+REPORTED = {
+    study: tuple(f"trained.{metric}" for metric in metrics)
+    for study, metrics in {"mae": FEATURES, "decay": FEATURES, "diffusion": SAMPLES}.items()
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,8 +38,16 @@ from .data import (
     to_float,
     write_whole,
 )
+from .diffusion import Diffusion
 from .droppath import ARMS
-from .evaluate import Probe, knn_accuracy, linear_probe, standardised
+from .evaluate import (
+    Probe,
+    frechet_distance,
+    knn_accuracy,
+    linear_probe,
+    overlap,
+    standardised,
+)
 from .mae import MAE
 from .shortcuts import (
     alpha_schedule,
@@ -62,11 +70,19 @@ from .train import (
     rows,
     seed_everything,
 )
+from .uvit import UViT
 from .vit import Classifier, ViT
 
 TIERS = ("cpu", "t4", "full")
-MOST_KEPT = 5_000_000  # bytes of an encoder that is kept beside its record
+MOST_KEPT = 5_000_000  # bytes of what is kept beside a record
+LEVELS = (50, 100, 300, 600)  # of noise, at which a denoiser's features are read
 PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
+
+
+def _refuse_nothing(recipe: Any) -> None:
+    for name, value in asdict(recipe).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -153,13 +169,48 @@ class MaskedRecipe:
         _refuse_nothing(self)
 
 
-Recipe = SpiralRecipe | ImageRecipe | MaskedRecipe
+@dataclass(frozen=True)
+class DiffusionRecipe:
+    """A U-ViT that denoises images as they are: AdamW (0.9, 0.95), cosine rate, mean weights.
+
+    `labelled`: the class is told, but for a tenth of the images. `rates_as`: of all sub-layers, as
+    in `MaskedRecipe`; the long skips keep their weight, which decay lets grow against the stream's.
+    `samples` are drawn by DDIM and judged, the first `guided` of them at each of `guidances`.
+    `measured` images are the bank of the neighbours, half as many are asked.
+    """
+
+    data: str = "fashion-mnist"
+    images: int = 60_000
+    epochs: int = 7
+    batch: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.03
+    patch: int = 4
+    dim: int = 64
+    depth: int = 4
+    heads: int = 4
+    labelled: bool = True
+    long_skips: bool = True
+    shortcut: str = "plain"
+    alpha_min: float = 1.0
+    kind: str = "linear"
+    zero_init: bool = True
+    schedule: str = "linear"
+    target: str = "eps"
+    ema: float = 0.999
+    precision: str = "half"
+    samples: int = 2000
+    sampling_steps: int = 50
+    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    guided: int = 400
+    measured: int = 4000
+    rates_as: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_nothing(self)
 
 
-def _refuse_nothing(recipe: Recipe) -> None:
-    for name, value in asdict(recipe).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+Recipe = SpiralRecipe | ImageRecipe | MaskedRecipe | DiffusionRecipe
 
 
 @dataclass(frozen=True)
@@ -168,7 +219,8 @@ class Experiment:
 
     `minutes` and `memory_gib`: about what tier t4 takes on two CPU cores that do nothing else.
     Most records were made beside other work and took longer, up to five times.
-    `keeps`: the encoder of seed 0 stays beside its record.
+    `keeps`: of seed 0 the encoder, or the classifier, or 64 samples stay beside the record:
+    `results.encoder_weights` opens them.
     """
 
     study: str
@@ -196,10 +248,9 @@ def _spiral(arm: str, recipe: SpiralRecipe, expects: str) -> Experiment:
 
 
 def _spiral_arm(activation: str, arm: str) -> Experiment:
-    recipe = SpiralRecipe(activation=activation, arm=arm)
     one = _spiral(
         f"{activation}-{arm}",
-        recipe,
+        SpiralRecipe(activation=activation, arm=arm),
         "after dropping, a skipped block costs less; two-stage is within mixture's spread",
     )
     return replace(one, source="arXiv 2411.09475, figure 5 and algorithm 1")
@@ -268,6 +319,32 @@ def _window(depth: int) -> float:
     return round(suggest_alpha_min(depth), 4)
 
 
+def _tiers(
+    sizes: Mapping[str, Any],
+    epochs: Sequence[int],
+    changes: Mapping[str, Any],
+    deeper: int = 1,
+    rate: float = 1.0,
+) -> dict[str, Recipe]:
+    """What an arm changes in each tier, with the window of its depth where it asks for that."""
+    return {
+        tier: replace(
+            size,
+            epochs=length,
+            depth=deeper * size.depth,
+            lr=rate * size.lr,
+            # A denoiser has one more block, in the middle.
+            **{
+                k: _window(deeper * size.depth + isinstance(size, DiffusionRecipe))
+                if v == WINDOW
+                else v
+                for k, v in changes.items()
+            },
+        )
+        for (tier, size), length in zip(sizes.items(), epochs, strict=True)
+    }
+
+
 def _masked(
     study: str,
     arm: str,
@@ -283,15 +360,11 @@ def _masked(
     keeps: bool = False,
 ) -> Experiment:
     """A masked autoencoder: what an arm changes, and how long, deep and fast it is in each tier."""
-    tiers: dict[str, Recipe] = {}
-    for (tier, size), length in zip(_SIZES.items(), epochs, strict=True):
-        depth = deeper * size.depth
-        given: dict[str, Any] = {
-            k: _window(depth) if v == WINDOW else v for k, v in changes.items()
-        }
-        tiers[tier] = replace(size, depth=depth, epochs=length, lr=rate * size.lr, **given)
-    source = "arXiv 2404.10947, masked autoencoders, on other images"
-    return Experiment(study, arm, tiers, source, expects, minutes, 3.5, seeds, turn, keeps)
+    return Experiment(
+        study, arm, _tiers(_SIZES, epochs, changes, deeper, rate),
+        "arXiv 2404.10947, masked autoencoders, on other images",
+        expects, minutes, 3.5, seeds, turn, keeps,
+    )  # fmt: skip
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}
@@ -361,6 +434,59 @@ def _decay(name: str, arm: str, turn: int, expects: str = "", **more: Any) -> Ex
     changes = _ARMS[arm] | more.pop("also", {})
     told = _EXPECTS.get(expects or arm, _SHOWN)
     return _masked("decay", name.format(arm), changes, told, turn=turn, **more)
+
+
+def _judge_of(data: str) -> Experiment:
+    """The classifier by whose features all samples of the study `diffusion` are judged."""
+    t4 = ImageRecipe(
+        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
+    )
+    tiers = {"cpu": replace(t4, images=1000, epochs=2), "t4": t4, "full": replace(t4, epochs=40)}
+    return Experiment(
+        "judge", data, tiers, "a net as in arXiv 1603.05027, whose features stand in for Inception",
+        "no rule: it is trained once, before the study, and its kept bytes are the measure",
+        10, 1.5, (0,), keeps=True,
+    )  # fmt: skip
+
+
+_DENOISERS = {
+    "cpu": DiffusionRecipe(images=1000, samples=100, sampling_steps=10, guided=50, measured=200),
+    "t4": DiffusionRecipe(),
+    "full": DiffusionRecipe(
+        batch=256, lr=5e-4, dim=256, depth=12, heads=8, ema=0.9999, samples=10_000, guided=2000,
+    ),
+}  # fmt: skip
+# What an arm of chapter 12 changes in `DiffusionRecipe`, by turns.
+_GENERATORS: tuple[dict[str, dict[str, Any]], ...] = (
+    {"plain": {}, "no-skips": {"long_skips": False}, "decay": {"alpha_min": WINDOW}},
+    {
+        "scaled-sum": {"shortcut": "scaled-sum"},
+        "equal-steps": {"rates_as": WINDOW},
+        **{f"alpha-{a}": {"alpha_min": a} for a in (0.5, 0.7, 0.9)},
+    },
+    {
+        "unconditional-plain": {"labelled": False},
+        "unconditional-decay": {"labelled": False, "alpha_min": WINDOW},
+        "cifar10-plain": {"data": "cifar10"},
+        "cifar10-decay": {"data": "cifar10", "alpha_min": WINDOW},
+    },
+)
+_GENERATES = (
+    "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean weights "
+    "without guidance, to 10 000 test images, by the features of one fixed classifier. Decay "
+    "lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, 2, lies "
+    "below 0; anything else falsifies that at this scale, and above 0 decay harms. no-skips is "
+    "read so too. Step sizes explain decay if equal-steps minus plain excludes 0 on the same side "
+    "and decay minus equal-steps does not exclude 0"
+)
+
+
+def _diffusion(arm: str, changes: Mapping[str, Any], turn: int) -> Experiment:
+    return Experiment(
+        "diffusion", arm, _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes),
+        "arXiv 2404.10947, U-ViT, on other images and smaller",
+        _GENERATES, 15, 2.5, (0, 1, 2), turn, keeps=True,
+    )  # fmt: skip
 
 
 _RESIDUAL = SpiralRecipe()
@@ -433,6 +559,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             )
             for a in (*_RULED, "scaled-sum", *_CELLS)
         ),
+        *(_judge_of(data) for data in ("fashion-mnist", "cifar10")),
+        *(
+            _diffusion(arm, changes, turn)
+            for turn, arms in enumerate(_GENERATORS)
+            for arm, changes in arms.items()
+        ),
     )
 }
 
@@ -461,7 +593,9 @@ def _parse(key: str, text: str, old: Any) -> Any:
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False}[text.lower()]
-        return tuple(map(int, text.split(","))) if isinstance(old, tuple) else type(old)(text)
+        return (
+            tuple(map(type(old[0]), text.split(","))) if isinstance(old, tuple) else type(old)(text)
+        )
     except (KeyError, ValueError):
         raise ValueError(f"{key} must be of type {type(old).__name__}, got {text!r}") from None
 
@@ -620,33 +754,37 @@ def _diagnose_spiral(
 
 
 def _run_images(
-    recipe: ImageRecipe | MaskedRecipe,
+    recipe: ImageRecipe | MaskedRecipe | DiffusionRecipe,
     seed: int,
     data: str | None,
     work: Path,
     resume: bool,
     keep: Path | None,
 ) -> dict[str, Any]:
-    prepare, diagnose = _HOW[type(recipe)]
+    prepare, diagnose, look = _HOW[type(recipe)]
     train, test = (load(recipe.data, split, data) for split in ("train", "test"))
     sets = train.subset(min(recipe.images, len(train)), 0), test
     state, batches, step = prepare(recipe, seed, sets[0])
-    before = diagnose(state.net, recipe, *sets)
+    looked_at = state.ema or state.net, recipe, seed, *sets
+    before = diagnose(*looked_at)
     precision = state.accelerator.mixed_precision
     key = hashlib.sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode()).hexdigest()
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
-    if isinstance(recipe, MaskedRecipe):
-        step = _watched(step, len(batches), sets[0])
+    if look:
+        step = _watched(step, len(batches), lambda: look(*looked_at))
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
-    metrics = {"init": before, "trained": diagnose(state.net, recipe, *sets)}
+    metrics = {"init": before, "trained": diagnose(*looked_at)}
+    net = state.net.encoder if isinstance(state.net, MAE) else state.net
+    kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
+    if isinstance(recipe, DiffusionRecipe):
+        judged, kept = _judged(looked_at[0], recipe, seed, *sets)
+        metrics["trained"] |= judged
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
     if seen:
         metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
-    if keep and isinstance(state.net, MAE) and state.accelerator.is_main_process:
-        encoder = state.net.encoder
-        halves = {name: value.half() for name, value in encoder.named_parameters()}
-        content = safetensors.torch.save(encoder.state_dict() | halves)
+    if keep and state.accelerator.is_main_process:
+        content = safetensors.torch.save(kept)
         if len(content) <= MOST_KEPT:
             write_whole(keep, content)
             metrics["encoder"] = {"sha256": sha256(content)}
@@ -659,6 +797,21 @@ def _run_images(
         "fingerprint": sets[0].fingerprint,
         "first_losses": first_losses(recipe, seed, sets[0]),
     }
+
+
+def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step:
+    """`step` that looks at the net after an eighth, a quarter, a half and all of the steps.
+
+    A look draws nothing: the run is the same with and without it.
+    """
+
+    def watched(state: TrainState, batch: Any) -> dict[str, Any]:
+        metrics = step(state, batch)
+        if state.step + 1 in {steps >> k for k in range(4)}:
+            state.history.append({"step": state.step + 1, **look()})
+        return metrics
+
+    return watched
 
 
 def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
@@ -686,7 +839,7 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
     return Classifier(vit, len(train.classes))
 
 
-def _batches_seen(recipe: ImageRecipe | MaskedRecipe, train: ImageSet) -> int:
+def _batches_seen(recipe: Any, train: ImageSet) -> int:
     batches = recipe.epochs * (len(train) // recipe.batch)
     if batches < 2:
         raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
@@ -744,7 +897,7 @@ def _classify(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _diagnose_images(
-    net: nn.Module, recipe: ImageRecipe, train: ImageSet, test: ImageSet
+    net: nn.Module, recipe: ImageRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     net.eval()
     fitted, probed = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
@@ -796,11 +949,28 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
         recipe.mask_ratio,
         arch=recipe.arch,
     )
-    ramp = partial(alpha_schedule, recipe.depth, kind=recipe.kind)
-    shares = ramp(recipe.taps_as or 1.0)
+    shares = alpha_schedule(recipe.depth, recipe.taps_as or 1.0, recipe.kind)
     net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
+    return _generative_training(
+        recipe, seed, train, cpu, net, net.encoder, _reconstruct,
+        lambda x, g: flip(crop(x, generator=g), g),
+    )  # fmt: skip
+
+
+def _generative_training(
+    recipe: Any,
+    seed: int,
+    train: ImageSet,
+    cpu: bool,
+    net: nn.Module,
+    body: Any,
+    loss: Callable[[TrainState, Any], Tensor],
+    augment: Any = None,
+) -> Any:
+    """What both kinds of net that make images share; `body` is the part that decays."""
+    ramp = alpha_schedule(len(body.blocks) // 2, recipe.rates_as or 1.0, recipe.kind)
     groups = (
-        gain_groups(net, ramp(recipe.rates_as), recipe.lr, recipe.weight_decay, within=net.encoder)
+        gain_groups(net, ramp, recipe.lr, recipe.weight_decay, within=body)
         if recipe.rates_as
         else decay_groups(net, recipe.lr, recipe.weight_decay)
     )
@@ -808,10 +978,10 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
     steps = _batches_seen(recipe, train)
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
     state = make_state(
-        net, optimizer, scheduler=schedule, seed=10_000 + seed, precision=recipe.precision, cpu=cpu
-    )
-    batches = Batches(train, recipe.batch, steps, seed, lambda x, g: flip(crop(x, generator=g), g))
-    return state, batches, loss_step(_reconstruct)
+        net, optimizer, scheduler=schedule, ema_decay=getattr(recipe, "ema", 0.0),
+        seed=10_000 + seed, precision=recipe.precision, cpu=cpu,
+    )  # fmt: skip
+    return state, Batches(train, recipe.batch, steps, seed, augment), loss_step(loss)
 
 
 def encoder_of(recipe: MaskedRecipe, side: int, channels: int) -> ViT:
@@ -834,34 +1004,24 @@ def _reconstruct(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
     return state.model(to_float(batch[0]), noise).loss
 
 
-def _watched(step: Step, steps: int, train: ImageSet) -> Step:
-    """`step` that looks at the encoder after an eighth, a quarter, a half and all of the steps.
-
-    With few images, of the train split, and no draw: the run is the same with and without it.
-    """
+def _see_masked(
+    net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
+) -> dict[str, float]:
+    """Of few images, of the train split alone."""
     few = train.subset(min(2400, len(train)), 1)
-    points, cut = {steps >> k for k in range(4)}, 2 * len(few) // 3
+    cut = 2 * len(few) // 3
     labels = few.labels[:cut], few.labels[cut:]
-
-    def watched(state: TrainState, batch: Any) -> dict[str, Any]:
-        metrics = step(state, batch)
-        if state.step + 1 in points:
-            encoder = state.net.get_submodule("encoder")
-            read = reuse.layer_features(encoder, to_float(few.images), pool="patches")
-            knn = [_neighbours((x[:cut], x[cut:]), *labels) for x in read[2::2]]
-            seen = {
-                "knn_last": knn[-1],
-                "knn_best": max(knn),
-                "rank_entropy_last": reuse.rank_entropy(read[-1]),
-            }
-            state.history.append({"step": state.step + 1, **seen})
-        return metrics
-
-    return watched
+    read = reuse.layer_features(net.encoder, to_float(few.images), pool="patches")
+    knn = [_neighbours((x[:cut], x[cut:]), *labels) for x in read[2::2]]
+    return {
+        "knn_last": knn[-1],
+        "knn_best": max(knn),
+        "rank_entropy_last": reuse.rank_entropy(read[-1]),
+    }
 
 
 def _diagnose_masked(
-    net: MAE, recipe: MaskedRecipe, train: ImageSet, test: ImageSet
+    net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """Features are means over patches after the stem and each block; standardised but for ranks."""
     bank, asked = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
@@ -909,10 +1069,174 @@ def _probe(layers: Sequence[Any], bank_labels: Tensor, labels: Tensor) -> Probe:
     return linear_probe(bank, bank_labels, asked, labels)
 
 
-# How a recipe becomes a training (state, batches, step), and what is measured of the net.
-_HOW: dict[type, tuple[Any, Any]] = {
-    ImageRecipe: (_image_training, _diagnose_images),
-    MaskedRecipe: (_masked_training, _diagnose_masked),
+# ---- diffusion -------------------------------------------------------------------------------
+
+
+def _diffusion_training(
+    recipe: DiffusionRecipe, seed: int, train: ImageSet, cpu: bool = False
+) -> Any:
+    """The state, batches and step of a run: what `fit` takes."""
+    seed_everything(seed)
+    _, channels, side, _ = train.images.shape
+    net = UViT(
+        side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels,
+        len(train.classes) if recipe.labelled else None, recipe.shortcut, recipe.alpha_min,
+        recipe.long_skips, recipe.zero_init, kind=recipe.kind,
+    )  # fmt: skip
+    return _generative_training(
+        recipe, seed, train, cpu, net, net, partial(_denoise, recipe, _process(recipe))
+    )
+
+
+def _process(recipe: DiffusionRecipe) -> Diffusion:
+    return Diffusion(1000, recipe.schedule, recipe.target)
+
+
+def _denoise(
+    recipe: DiffusionRecipe, process: Diffusion, state: TrainState, batch: tuple[Tensor, Tensor]
+) -> Tensor:
+    x0, labels = to_float(batch[0]), batch[1]
+    # Drawn for the whole batch, as masks are, and by arms without classes too: the same for all.
+    whole, draw = len(x0) * state.accelerator.num_processes, state.generator
+    t = rows(state, torch.randint(process.steps, (whole,), generator=draw))
+    noise = rows(state, torch.randn(whole, *x0.shape[1:], generator=draw)).to(x0)
+    dropped = rows(state, torch.rand(whole, generator=draw) < 0.1).to(x0.device)
+    y = torch.where(dropped, -1, labels) if recipe.labelled else None
+    return process.loss(state.model, x0, y, t, noise, drop_label=0.0)
+
+
+def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float = 1.0) -> Tensor:
+    """`n` samples, of each class in turn, from noise that all arms of a seed share."""
+    start = torch.Generator().manual_seed(20_000 + seed)
+    noise = torch.randn(max(n, recipe.samples), *net.stem.shape, generator=start)[:n].split(128)
+    y = (torch.arange(n) % max(1, net.stem.classes)).split(128)
+    return torch.cat([
+        _process(recipe).sample(
+            net, x.shape, "ddim", recipe.sampling_steps, y=c if recipe.labelled else None,
+            guidance=guidance, clip=1.0, noise=x,
+        ).cpu()
+        for x, c in zip(noise, y, strict=True)
+    ])  # fmt: skip
+
+
+@lru_cache(1)
+def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
+    """The fixed classifier, the hash of its file, and its features of the test images.
+
+    All runs on a data set are judged by the same bytes, those of the book.
+    """
+    try:
+        run = results.load_runs("judge", recipe.data)[0]
+        weights = results.encoder_weights(run)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"samples of {recipe.data} need their judge, made once by: python -m mini_resdecay run "
+            f"judge-{recipe.data} --tier t4 --out book/results ({error})"
+        ) from error
+    own = {name: value for name, value in run.recipe.items() if name != "tier"}
+    with torch.device("meta"):  # draws no numbers
+        judge = _image_net(ImageRecipe(**own), test)
+    judge.load_state_dict(weights, assign=True)
+    real = test.subset(min(5 * recipe.samples, len(test)), 1)
+    return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
+
+
+def _features(judge: nn.Module, images: Tensor) -> Tensor:
+    """What the judge's head sees, [n, d]."""
+    return torch.cat([
+        reuse.layer_features(judge, x, modules=["norm"])[0].relu().mean((1, 2))
+        for x in images.split(500)
+    ])  # fmt: skip
+
+
+@torch.no_grad()
+def _see_denoiser(
+    net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
+) -> dict[str, float]:
+    """Loss on test images with fixed noise, and FD of a tenth of the samples."""
+    held = test.subset(min(1000, len(test)), 1)
+    x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
+    loss = _process(recipe).loss(
+        net, x, labels if recipe.labelled else None, drop_label=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    judge, _, real = _judge(recipe, test)
+    few = _features(judge, _draw(net, recipe, seed, recipe.samples // 10))
+    return {"test_loss": loss.item(), "fd_few": frechet_distance(few, real)}
+
+
+def _diagnose_denoiser(
+    net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
+) -> dict[str, Any]:
+    """By noise level: features as in `_diagnose_masked`, of noisy images without their class."""
+    bank = train.subset(min(recipe.measured, len(train)), 1)
+    asked = test.subset(min(recipe.measured // 2, len(test)), 1)
+    labels, fixed = (bank.labels, asked.labels), torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {"knn": {}, "probe": {}, "rank_entropy": {}}
+    for t in map(str, LEVELS):
+        pair = [_inside(net, recipe, part.images, int(t), fixed) for part in (bank, asked)]
+        found["knn"][t] = [_neighbours(layer, *labels) for layer in zip(*pair, strict=True)]
+        found["probe"][t] = reuse.probe_layers(pair[0], labels[0], pair[1], labels[1])
+        found["rank_entropy"][t] = [reuse.rank_entropy(x[:2048]) for x in pair[1]]
+    best = {
+        f"{name}_best": max(max(layers[1:]) for layers in found[name].values())
+        for name in ("knn", "probe")
+    }
+    return found | best | _see_denoiser(net, recipe, seed, train, test)
+
+
+def _inside(
+    net: UViT, recipe: DiffusionRecipe, images: Tensor, level: int, fixed: torch.Generator
+) -> list[Tensor]:
+    """Means over patches after the stem and each block, for images with noise of a level."""
+    x0, t = to_float(images), torch.full((len(images),), level)
+    noisy = _process(recipe).q_sample(x0, t, torch.randn(x0.shape, generator=fixed))
+    parts = [
+        [x[:, net.stem.extra :].mean(1) for x in reuse.layer_features(net, *pair)[::2]]
+        for pair in zip(noisy.split(500), t.split(500), strict=True)
+    ]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def _judged(
+    net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """FD of the samples and what to read it by, precision to coverage, guidance; what is kept.
+
+    The floor is that of as many real images; the other one, of half of the train images.
+    """
+    judge, digest, real = _judge(recipe, test)
+    n, read = recipe.samples, partial(_features, judge)
+    made = _draw(net, recipe, seed, n)
+    features, floor = read(made), read(to_float(train.images[: len(train) // 2]))
+    noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    clouds = {"": features, "_floor": floor[:n], "_floor_half": floor, "_noise": read(noise)}
+    found: dict[str, Any] = {
+        "fd_name": f"FD_judge-{recipe.data}@{n}",
+        "judge": digest,
+        **{f"fd{name}": frechet_distance(cloud, real) for name, cloud in clouds.items()},
+        **overlap(real[:n], features)._asdict(),
+    }
+    if recipe.labelled:
+        y = torch.arange(recipe.guided) % net.stem.classes
+        seen = [
+            features[: len(y)] if w == 1 else read(_draw(net, recipe, seed, len(y), w))
+            for w in recipe.guidances
+        ]
+        found["guidance"] = {
+            "scale": list(recipe.guidances),
+            "fd": [frechet_distance(cloud, real) for cloud in seen],
+            "agreement": [_share_right(judge.head(cloud), y) for cloud in seen],
+        }
+    return found, {"samples": ((made[:64] + 1) * 127.5).round().byte()}
+
+
+# How a recipe becomes a training (state, batches, step), what is measured of the net before and
+# after it, and what on the way.
+_HOW: dict[type, tuple[Any, Any, Any]] = {
+    ImageRecipe: (_image_training, _diagnose_images, None),
+    MaskedRecipe: (_masked_training, _diagnose_masked, _see_masked),
+    DiffusionRecipe: (_diffusion_training, _diagnose_denoiser, _see_denoiser),
 }
 
 
@@ -922,7 +1246,7 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
         short = replace(recipe, steps=min(10, recipe.steps))
         return _train_spiral(short, _spiral_net(recipe, seed), seed)[:5]
     assert train is not None
-    if isinstance(recipe, MaskedRecipe):
+    if not isinstance(recipe, ImageRecipe):
         recipe = replace(recipe, precision="no")
     state, batches, step = _HOW[type(recipe)][0](recipe, seed, train, cpu=True)
     state.scheduler = None  # all at the rate of the first

@@ -81,9 +81,9 @@ class UViT(nn.Module):
     x: noisy images [B, C, H, W]; t: times [B]; y: classes, int64 [B], -1 for none. Gives what the
     loss asks for, [B, C, H, W]. With `long_skips`, what block k of the way in gave joins the input
     of block k from the end: `Linear([x; tap])`, before its shortcuts, which so weaken it too.
-    `alpha_min` < 1 makes the shortcut decay over all 2 * (depth + 1) sub-layers. `zero_init`
-    starts branches and head at zero. `stem` (see `Tokens`) and `blocks` are what
-    `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
+    `alpha_min` < 1 makes the shortcut decay over all 2 * (depth + 1) sub-layers, along the schedule
+    `kind`. `zero_init` starts branches and head at zero. `stem` (see `Tokens`) and `blocks` are
+    what `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
     Raises ValueError for sizes that do not divide, an odd depth, and a shortcut that cannot use
     `alpha_min`.
     Differs from the source: Xavier-uniform weights, and eps 1e-6 where that has 1e-5, which damps
@@ -104,11 +104,12 @@ class UViT(nn.Module):
         long_skips: bool = True,
         zero_init: bool = False,
         eps: float = 1e-6,
+        kind: str = "linear",
     ) -> None:
         super().__init__()
         if depth < 2 or depth % 2:
             raise ValueError(f"depth must be even and at least 2, got {depth}")
-        rules = make_rules(shortcut, alpha_schedule(depth + 1, alpha_min))
+        rules = make_rules(shortcut, alpha_schedule(depth + 1, alpha_min, kind))
         self.stem = Tokens(image_size, patch_size, dim, channels, classes)
         self.blocks = make_blocks(dim, heads, rules, eps)
         skips = depth // 2 if long_skips else 0

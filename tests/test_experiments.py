@@ -12,13 +12,21 @@ from mini_resdecay import data, experiments, figures, results, train
 from mini_resdecay.__main__ import main
 from mini_resdecay.experiments import (
     EXPERIMENTS,
+    DiffusionRecipe,
     ImageRecipe,
     MaskedRecipe,
     SpiralRecipe,
     diff,
     recipe_of,
 )
-from mini_resdecay.shortcuts import SHORTCUTS, suggest_alpha_min
+from mini_resdecay.shortcuts import (
+    SHORTCUTS,
+    alpha_schedule,
+    effective_alpha,
+    rescale_norms,
+    suggest_alpha_min,
+)
+from mini_resdecay.uvit import UViT
 
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
@@ -35,6 +43,9 @@ REPLAYED = [
     "mae-standard",
     "mae-decay",
     "decay-rates-taps",
+    "judge-fashion-mnist",
+    "diffusion-plain",
+    "diffusion-equal-steps",
 ]
 MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
@@ -49,7 +60,8 @@ def test_experiment_says_source_expectation_and_cost(name):
     assert len(one.expects) > 20
     assert one.minutes > 0
     assert one.memory_gib > 0
-    assert len(one.seeds) >= (1 if one.turn == 1 else 3)  # a trial is of one seed
+    alone = one.study == "judge" or (one.study == "decay" and one.turn == 1)  # a trial of a rate
+    assert len(one.seeds) >= (1 if alone else 3)
     assert tuple(one.tiers) == experiments.TIERS
 
 
@@ -124,6 +136,10 @@ def test_changes_keep_the_type_of_the_field():
     one = EXPERIMENTS["reuse-cifar10"]
     recipe = recipe_of(one, "t4", ["widths=8,16", "lr=0.1", "epochs=3", "flips=false"])
     assert (recipe.widths, recipe.lr, recipe.epochs, recipe.flips) == ((8, 16), 0.1, 3, False)
+    assert recipe_of(EXPERIMENTS["diffusion-plain"], "t4", ["guidances=1,2.5"]).guidances == (
+        1,
+        2.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -507,6 +523,289 @@ def test_encoder_of_a_record_is_checked(little_images):
         results.encoder_weights(other, "runs")
 
 
+# ---- diffusion -------------------------------------------------------------------------------
+
+# Pairs of arms, and all that differs between them; a run on CIFAR-10 is shorter in tier t4.
+GENERATORS = [
+    ("plain", "no-skips", "long_skips"),
+    ("plain", "decay", "alpha_min"),
+    ("plain", "scaled-sum", "shortcut"),
+    ("plain", "equal-steps", "rates_as"),
+    *(("plain", f"alpha-{alpha}", "alpha_min") for alpha in (0.5, 0.7, 0.9)),
+    ("plain", "unconditional-plain", "labelled"),
+    ("unconditional-plain", "unconditional-decay", "alpha_min"),
+    ("decay", "unconditional-decay", "labelled"),
+    ("plain", "cifar10-plain", "data"),
+    ("cifar10-plain", "cifar10-decay", "alpha_min"),
+    ("decay", "cifar10-decay", "data"),
+]
+DIFFUSION = {one.arm: one for one in EXPERIMENTS.values() if one.study == "diffusion"}
+# A little U-ViT, and few and rough samples of it.
+DENOISER = ["patch=8", "dim=16", "depth=2", "heads=2", "images=96", "batch=16", "lr=0.01"]
+ROUGH = ["samples=100", "guided=50", "sampling_steps=3", "measured=80"]
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+@pytest.mark.parametrize(("one", "other", "field"), GENERATORS)
+def test_arms_of_the_diffusion_study_differ_in_what_they_say(tier, one, other, field):
+    a, b = (recipe_of(DIFFUSION[arm], tier) for arm in (one, other))
+    shorter = ["epochs"] if field == "data" and tier == "t4" else []
+    assert list(diff(a, b)) == [field, *shorter]
+
+
+def test_every_arm_of_the_diffusion_study_has_a_neighbour_and_one_rule():
+    assert {arm for pair in GENERATORS for arm in pair[:2]} == set(DIFFUSION)
+    (rule,) = {one.expects for one in DIFFUSION.values()}
+    assert rule.startswith("rule fixed before the runs: ")
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_ramps_of_a_u_vit_count_its_middle_block(tier):
+    for arm in ("decay", "equal-steps", "unconditional-decay", "cifar10-decay"):
+        recipe = recipe_of(DIFFUSION[arm], tier)
+        assert {4: 5, 12: 13}[recipe.depth] == recipe.depth + 1
+        end = min(recipe.alpha_min, recipe.rates_as or 1)
+        product = effective_alpha(alpha_schedule(recipe.depth + 1, end))
+        assert product == pytest.approx(10**-2.5, rel=5e-3)
+    # The sheet's numbers.
+    assert end == pytest.approx(0.234 if tier != "full" else 0.619, abs=5e-4)
+
+
+def test_the_diffusion_study_runs_what_decides_first(tmp_path):
+    runs = [(one.arm, seed) for one, seed in experiments.queue("diffusion", tmp_path)]
+    turns = [
+        ["plain", "no-skips", "decay"],
+        ["scaled-sum", "equal-steps", "alpha-0.5", "alpha-0.7", "alpha-0.9"],
+        ["unconditional-plain", "unconditional-decay", "cifar10-plain", "cifar10-decay"],
+    ]
+    assert runs == [(arm, seed) for arms in turns for seed in (0, 1, 2) for arm in arms]
+    assert all(one.minutes <= 15 for one in DIFFUSION.values())
+
+
+def denoising_losses(recipe, images, change=lambda net: None):
+    """25 losses of an experiment's own training in float64, the net changed before."""
+    state, batches, step = experiments._diffusion_training(recipe, 0, images, cpu=True)
+    state.ema = None
+    change(state.net.double())
+    train.fit(state, batches, step, until=25, every=1, quiet=True)
+    return torch.tensor([line["loss"] for line in state.history], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_D03_equal_steps_are_decay_but_for_the_long_skips_and_the_norms(skips, monkeypatch):
+    """Claim 13 of the sheet: with its norms, and its weights of stream and tap, the same net."""
+    monkeypatch.setattr(experiments, "to_float", lambda x: data.to_float(x).double())
+    changes = [*DENOISER, "depth=4", "epochs=6", "lr=0.005", "precision=no", f"long_skips={skips}"]
+    images = data.shapes(96, 96)[0]
+    decay, steps = (recipe_of(DIFFUSION[a], "t4", changes) for a in ("decay", "equal-steps"))
+    alphas = alpha_schedule(5, decay.alpha_min)
+    kept = [effective_alpha(alphas[:k]) for k in range(11)]
+
+    def weigh(net):
+        for k, skip in enumerate(net.skips):
+            stream, tap = kept[2 * (3 + k)], kept[2 * (2 - k)]
+            shares = torch.tensor([stream] * 16 + [tap] * 16, dtype=torch.float64)
+            skip.register_forward_pre_hook(lambda skip, joined, shares=shares: joined[0] * shares)
+            skip.register_forward_hook(lambda skip, joined, out, stream=stream: out / stream)
+
+    def as_decay(net):
+        rescale_norms(net, alphas)
+        weigh(net)
+
+    expected = denoising_losses(decay, images)
+    gaps = [
+        (denoising_losses(steps, images, change) - expected).abs().max().item()
+        for change in (as_decay, lambda net: rescale_norms(net, alphas))
+    ]
+    assert len(expected) == 25 and gaps[0] < 1e-10
+    assert (gaps[1] > 1e-4) == skips  # without long skips, steps are all of it
+    plain = recipe_of(DIFFUSION["plain"], "t4", changes)
+    assert (denoising_losses(plain, images) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("arm", DIFFUSION)
+def test_every_arm_of_the_diffusion_study_trains(arm):
+    recipe = recipe_of(DIFFUSION[arm], "cpu", DENOISER)
+    losses = experiments.first_losses(recipe, 0, data.shapes(96, 96)[0])
+    assert len(losses) == 5 and all(0 < loss < 2 for loss in losses)
+    assert losses[0] == pytest.approx(1, abs=0.02)  # at first nothing is predicted
+
+
+def test_arms_of_a_seed_see_the_same_images_noise_and_times(monkeypatch):
+    seen = {}
+
+    def look(process, model, x0, y, t, noise, drop_label):
+        seen.setdefault(arm, []).append((x0, t, noise))
+        return model(process.q_sample(x0, t, noise), t, *([] if y is None else [y])).mean()
+
+    monkeypatch.setattr(experiments.Diffusion, "loss", look)
+    for arm in ("plain", "decay", "unconditional-plain"):
+        recipe = recipe_of(DIFFUSION[arm], "cpu", DENOISER)
+        experiments.first_losses(recipe, 0, data.shapes(96, 96)[0])
+    for arm in ("decay", "unconditional-plain"):
+        for ours, theirs in zip(seen[arm], seen["plain"], strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        experiments.Diffusion,
+        "loss",
+        lambda process, model, x0, y, *rest, **more: (
+            labels.append(y) or sum(weight.sum() for weight in model.parameters())
+        ),
+    )
+    recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, "epochs=200"])
+    state, batches, step = experiments._diffusion_training(recipe, 0, data.shapes(96, 0)[0])
+    for k in range(100):
+        step(state, batches[k])
+        told = labels[k] >= 0
+        assert torch.equal(labels[k][told], batches[k][1][told])
+    dropped = (torch.cat(labels) < 0).double().mean()
+    assert dropped == pytest.approx(0.1, abs=0.03)  # four deviations of 1600 draws
+
+
+def test_samples_of_a_seed_start_from_the_same_noise():
+    recipe = DiffusionRecipe(samples=40, sampling_steps=2, labelled=False)
+    silent = [UViT(8, 4, 16, 2, 2, long_skips=s, zero_init=True) for s in (True, False)]
+    for net in silent:  # it predicts 0: what it makes is its noise alone
+        torch.nn.init.zeros_(net.smooth.bias)
+    with torch.no_grad():
+        few, many = (
+            experiments._draw(net, recipe, 3, n) for net, n in zip(silent, (20, 40), strict=True)
+        )
+    assert many.shape == (40, 3, 8, 8) and torch.equal(few, many[:20])
+    assert not torch.equal(experiments._draw(silent[0], recipe, 4, 20), few)
+
+
+def test_features_inside_a_denoiser_are_of_its_patches_alone():
+    torch.manual_seed(0)
+    net, images = UViT(32, 8, 16, 2, 2, classes=4), data.shapes(30, 0)[0].images
+
+    def stem():
+        fixed = torch.Generator().manual_seed(0)
+        return experiments._inside(net, DiffusionRecipe(), images, 100, fixed)
+
+    before = stem()
+    assert [x.shape for x in before] == 4 * [(30, 16)]  # the stem and three blocks
+    with torch.no_grad():
+        net.stem.positions[:2] += 100  # of class and time
+    assert torch.equal(stem()[0], before[0]) and not torch.allclose(stem()[-1], before[-1])
+
+
+@pytest.fixture
+def little_judge(little_images, monkeypatch):
+    """`little_images`, and a judge of them where the book would have it."""
+    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    return results.read(experiments.run("judge-fashion-mnist", changes=little_images))
+
+
+def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
+    test = experiments.load("fashion-mnist", "test", None)
+    judge, digest, real = experiments._judge(DiffusionRecipe(samples=10), test)
+    kept = Path("runs/judge/fashion-mnist-s0.safetensors").read_bytes()
+    assert digest == little_judge.metrics["encoder"]["sha256"] == data.sha256(kept)
+    x = data.to_float(test.subset(50, 1).images)
+    assert real.shape == (50, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(judge.head(real), judge(x), atol=1e-6, rtol=0)
+    right = (judge(data.to_float(test.images)).argmax(1) == test.labels).double().mean()
+    assert right == pytest.approx(little_judge.metrics["trained"]["accuracy"], abs=0.04)  # halves
+
+
+def test_samples_without_a_judge_name_the_command_that_makes_it(little_images, monkeypatch, capsys):
+    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    arguments = ["run", "diffusion-plain", "--set", *DENOISER, *ROUGH]
+    command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out book/results"
+    assert main(arguments) == 2
+    assert command in capsys.readouterr().err
+    path = experiments.run("judge-fashion-mnist", changes=little_images)
+    path.with_suffix(".safetensors").write_bytes(b"something else")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert command in error and "not the file that its run kept" in error
+    path.with_suffix(".safetensors").unlink()
+    assert main(arguments) == 2
+    assert command in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["decay", "unconditional-plain"])
+def test_denoiser_is_recorded_with_its_samples(little_judge, arm, monkeypatch, capsys):
+    changes = [*DENOISER, *ROUGH, "epochs=8"]
+    run = results.read(experiments.run(f"diffusion-{arm}", changes=changes))
+    before, after = run.metrics["init"], run.metrics["trained"]
+    assert before["test_loss"] == pytest.approx(1, abs=0.02)
+    assert 0 < after["test_loss"] < before["test_loss"]
+    assert after["fd_name"] == "FD_judge-fashion-mnist@100"
+    assert after["judge"] == little_judge.metrics["encoder"]["sha256"]
+    assert 0 < after["fd_floor"] < min(after["fd"], after["fd_noise"])
+    assert after["fd_floor"] == pytest.approx(after["fd_floor_half"])  # 48 images are half of all
+    assert before["fd_few"] > 0 and after["precision"] <= 1 and after["recall"] <= 1
+    for name in ("knn", "probe", "rank_entropy"):
+        assert list(after[name]) == ["50", "100", "300", "600"]
+        assert {len(layers) for layers in after[name].values()} == {4}  # the stem, three blocks
+    assert after["knn_best"] == max(max(layers[1:]) for layers in after["knn"].values())
+    assert run.metrics["over_time"]["step"] == [6, 12, 24, 48]
+    assert run.metrics["over_time"]["fd_few"][-1] == pytest.approx(after["fd_few"], rel=0.2)
+    if arm == "decay":
+        assert after["guidance"]["scale"] == [1, 1.5, 2, 3]
+        assert len(after["guidance"]["fd"]) == len(after["guidance"]["agreement"]) == 4
+    else:
+        assert "guidance" not in after
+    samples = results.encoder_weights(run)["samples"]
+    assert samples.shape == (64, 3, 32, 32) and 0 <= samples.min() < samples.max() <= 255
+    assert len(run.first_losses) == 5 and run.device.endswith(", bf16")
+    # Who looks changes nothing.
+    monkeypatch.setattr(experiments, "_watched", lambda step, *rest: step)
+    blind = results.read(experiments.run(f"diffusion-{arm}", changes=changes, out="blind"))
+    assert (blind.curve, blind.metrics["trained"]) == (run.curve, after)
+    capsys.readouterr()
+    assert main(["report", "--out", "runs"]) == 0
+    lines = [text.split() for text in capsys.readouterr().out.splitlines()]
+    told = {words[2]: words[3] for words in lines if words[:2] == ["diffusion", arm]}
+    assert float(told["trained.fd"]) == pytest.approx(after["fd"], abs=5e-5)
+    assert "undefined" not in told.values()
+
+
+def test_killed_denoiser_goes_on_from_its_checkpoint_to_the_same_record(little_judge, monkeypatch):
+    changes = [*DENOISER, *ROUGH, "batch=4", "epochs=5"]
+    whole = results.read(experiments.run("diffusion-decay", out="whole", changes=changes))
+    real, seen = experiments._denoise, []
+
+    def dies_at_110(recipe, process, state, batch):
+        seen.append(state.step)
+        if state.step == 110:
+            raise MemoryError  # like a kill: nothing is saved any more
+        return real(recipe, process, state, batch)
+
+    monkeypatch.setattr(experiments, "_denoise", dies_at_110)
+    with pytest.raises(MemoryError):
+        experiments.run("diffusion-decay", out="cut", changes=changes)
+    monkeypatch.setattr(experiments, "_denoise", real)
+    assert seen[-1] == 110 and not list(Path("cut").glob("*/*.json"))
+    fit, begun = experiments.fit, []
+    monkeypatch.setattr(
+        experiments, "fit", lambda state, *a, **k: begun.append(state.step) or fit(state, *a, **k)
+    )
+    again = results.read(
+        experiments.run("diffusion-decay", out="cut", resume=True, changes=changes)
+    )
+    assert begun == [100, 0]  # the run, then its first losses
+    assert again.metrics == whole.metrics  # with mean weights, FD, and the hash of the samples
+    assert (again.curve, again.first_losses) == (whole.curve, whole.first_losses)
+
+
+def test_all_samples_of_the_book_were_judged_by_the_kept_bytes():
+    for path in BOOK.glob("diffusion/*.json"):
+        run = results.read(path)
+        (judge,) = results.load_runs("judge", run.data["name"], BOOK)
+        assert run.metrics["trained"]["judge"] == judge.metrics["encoder"]["sha256"]
+
+
+# ---- studies ---------------------------------------------------------------------------------
+
+
 def test_run_of_fewer_than_five_steps_is_recorded(little_images):
     run = results.read(experiments.run("reuse-cifar10", changes=[*little_images, "images=32"]))
     assert len(run.first_losses) == 4
@@ -624,22 +923,28 @@ def test_two_processes_write_one_record(tmp_path, launch):
     """Under `accelerate launch` each process sees half of a batch; the records are those of one."""
     script = tmp_path / "run.py"
     script.write_text(
-        "from mini_resdecay import data, experiments\n"
+        "from pathlib import Path\n"
+        "from accelerate import PartialState\n"
+        "from mini_resdecay import data, experiments, results\n"
         "from mini_resdecay.__main__ import main\n"
         "sets = {s: data.shapes(n, n)[0] for s, n in (('train', 96), ('test', 60))}\n"
         "experiments.load = lambda name, split, root: sets[split]\n"
+        "results._checkout = lambda: Path('runs')\n"
         "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60']\n"
         "cnn, mae = ['widths=8', 'blocks=1'], ['precision=no', 'lr=0.01', *LITTLE]\n"
-        "for name, more in (('droppath-cifar10-cnn-two-stage', cnn), ('mae-decay', mae)):\n"
-        "    assert main(['run', name, '--set', *changes, *more]) == 0\n".replace(
+        "unet = ['precision=no', *DENOISER]\n"
+        "for name, more in (('droppath-cifar10-cnn-two-stage', cnn), ('mae-decay', mae),\n"
+        "                   ('judge-fashion-mnist', cnn), ('diffusion-plain', unet)):\n"
+        "    assert main(['run', name, '--set', *changes, *more]) == 0\n"
+        "    PartialState().wait_for_everyone()  # for the judge's record\n".replace(
             "*LITTLE", repr(LITTLE)[1:-1]
-        )
+        ).replace("*DENOISER", repr([*DENOISER, *ROUGH])[1:-1])
     )
     found = []
     for folder, processes in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
         printed = launch(script, tmp_path / folder, processes)
-        assert printed.count("recorded in") == 2
+        assert printed.count("recorded in") == 4
         written = sorted((tmp_path / folder / "runs").glob("*/*.json"))
         found.append([results.read(path) for path in written])
     for one, two in zip(*found, strict=True):
