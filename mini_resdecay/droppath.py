@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from .data import known, require
-from .shortcuts import device_of, path_mask, paths
+from .shortcuts import device_of, path_mask, paths, restoring
 
 Rates = float | Sequence[float] | Tensor
 Loss = Callable[[], Tensor]
@@ -197,15 +197,10 @@ def _dropped(
     if known("scale", scale, ("inverse", "none")) == "inverse":
         mask = mask / torch.where(rates < 1, 1 - rates, 1)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    try:
+    with restoring(norms, "momentum"), path_mask(model, mask, skip=skip):
         for norm in norms:
             norm.momentum = 0.0
-        with path_mask(model, mask, skip=skip):
-            yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        yield
 
 
 def _parameters(model: nn.Module, chosen: Tensor, outside: bool) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import known, require
-from .shortcuts import device_of, path_mask, paths
+from .shortcuts import device_of, path_mask, paths, restoring
 
 # ---- Features of any net ---------------------------------------------------------------------
 
@@ -87,13 +87,9 @@ def _take(outputs: list[Tensor], pool: str | None, layer: Any, args: Any, output
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the net is in evaluation mode; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with restoring(list(model.modules()), "training"):
+        model.eval()
         yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 # ---- Similarity of two layers ----------------------------------------------------------------
@@ -193,9 +189,10 @@ def _debiased_cka_map(features: Sequence[Tensor]) -> Tensor:
     require("debiased CKA", n, n >= 5, "have at least 5 rows")
     if n < 50:
         warnings.warn(f"debiased CKA is noisy below 50 rows, got {n}", stacklevel=3)
+    overlaps = _overlaps(layers)
     k = torch.stack([x.square().sum(1) for x in layers])
     sums = k.sum(1)
-    hsic = _overlaps(layers) - n / (n - 2) * (k @ k.T) + sums.outer(sums) / ((n - 1) * (n - 2))
+    hsic = overlaps - n / (n - 2) * (k @ k.T) + sums.outer(sums) / ((n - 1) * (n - 2))
     return _normalised(hsic)
 
 

@@ -261,15 +261,23 @@ def path_mask(
         mask = torch.as_tensor(mask, dtype=torch.float64)
     wanted = f"have one entry for each of the {len(blocks)} paths"
     require("mask", f"shape {tuple(mask.shape)}", mask.shape[:1] == (len(blocks),), wanted)
-    before = [(block.mask, block.skipped) for block in blocks]
     unused = [skip and not entry.any() for entry in mask]
-    try:
+    with restoring(blocks, "mask", "skipped"):
         for block, value, none in zip(blocks, mask.to(device_of(model)), unused, strict=True):
             block.mask, block.skipped = value, none
         yield
+
+
+@contextmanager
+def restoring(modules: Sequence[nn.Module], *names: str) -> Iterator[None]:
+    """What the `with` block does to these attributes of `modules` is undone, after an error too."""
+    before = [[getattr(module, name) for name in names] for module in modules]
+    try:
+        yield
     finally:
-        for block, old in zip(blocks, before, strict=True):
-            block.mask, block.skipped = old
+        for module, values in zip(modules, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(module, name, value)
 
 
 def device_of(model: nn.Module) -> torch.device:
