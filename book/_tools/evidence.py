@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mini_resdecay import REPO, __version__, results
-from mini_resdecay.experiments import EXPERIMENTS
+from mini_resdecay.experiments import EXPERIMENTS, TUNED
 from mini_resdecay.results import Interval, Run
 
 BOOK = Path(__file__).resolve().parents[1]
@@ -197,7 +197,13 @@ RATES = tuple(
     for rate in (10, 50)
     for title, study, net in FASHION
 )
-MASKED = (("", "mae", "{}"),)
+MASKED = (("30 epochs", "mae", "{}"),)
+SHORT = (("15 epochs", "decay", "{}"),)
+OTHER_SIZES = (
+    ("90 epochs", "decay", "long-{}"),
+    ("depth 12", "decay", "deep-{}"),
+    ("tiny-imagenet-100", "decay", "tiny-{}"),
+)
 # Measures: name, path, and the claimed direction.
 HALF_BLOCKS = ("accuracy with half of the blocks", "trained.half", 1)
 HALF_PATHS = ("half of the paths", "trained.half", 1)
@@ -217,6 +223,14 @@ RANK = ("rank entropy", "last:trained.rank_entropy", -1)
 CENTRED = ("rank entropy, centred", "last:trained.rank_entropy_centred", -1)
 # Arms.
 BOTH = ("standard", "skips-only")
+SWEPT = tuple(f"alpha-{a}" for a in (0.1, 0.2, 0.5, 0.7, 0.85, 0.95))
+SCHEDULES = ("cosine", "attention-only", "mlp-only", "identity-drop")
+LEARNED = ("learned", "learned-ramp")
+CELLS = ("rates", "taps", "rates-taps", "norms")
+LINKED = (
+    "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS, "standard-decay",
+    "branch-scaled", *LEARNED, *SCHEDULES, *SWEPT,
+)  # fmt: skip
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 
 
@@ -246,6 +260,18 @@ def rows(
         for title, study, net in nets
         for name, metric, sign in measures
     )
+
+
+def beside(
+    arm: str, controls: Sequence[str], *measures: tuple[str, str, int]
+) -> tuple[Comparison, ...]:
+    """Rows of the study `decay` that do not decide and name their arm."""
+    return rows(((f"`{arm}`", "decay", "{}"),), arm, controls, *measures, beside=True)
+
+
+def tuned(arm: str) -> str:
+    """The arm of the study `decay` at the rate that its trial won."""
+    return f"{arm}-lr-{TUNED[arm]:g}" if arm in TUNED else arm
 
 
 def learned(
@@ -420,6 +446,8 @@ DECAYED = (
         "Beside the last block stands the best one",
         (
             *rows(MASKED, "decay", BOTH, KNN),
+            *rows(SHORT, tuned("decay"), tuple(map(tuned, ("standard-xavier", *BOTH))), KNN),
+            *rows(OTHER_SIZES, "decay", BOTH, KNN),
             *rows(MASKED, "decay", BOTH, *READERS, beside=True),
             *(
                 replace(row, label=f"kNN, last block, against {floor}", before=path)
@@ -432,8 +460,7 @@ DECAYED = (
         ),
         rule="study",
         fixed="mae-decay",
-        needs="a plain net whose learning rate is tuned as long as that of decay; five seeds; "
-        "longer runs, a deeper encoder, a second set of images",
+        needs="far longer runs of a far larger encoder, on a GPU",
         note="The best block of kNN is a maximum over test figures; that of the probe is chosen on "
         "held-out images of the train split. Our encoder is far smaller, its training far shorter, "
         "and the images are another set. A verdict is about that size, not about the paper's.",
@@ -446,8 +473,14 @@ DECAYED = (
         "does not.",
         "ablation table",
         "second hand",
-        "√½ on both, √½ on the branch alone, decay; one architecture",
-        needs="both forms with long skips. The rules are in the library, the runs are not made",
+        "`scaled-sum`, √½ on both, and `branch-scaled`, √½ on the branch alone, against "
+        "`skips-only` and decay; one architecture",
+        (
+            *rows(SHORT, "scaled-sum", ("skips-only", "branch-scaled"), KNN),
+            *beside("branch-scaled", ("skips-only", "decay"), KNN),
+            *rows(SHORT, "scaled-sum", ("decay",), KNN, RANK, LOSS, beside=True),
+            *rows(OTHER_SIZES[:1], "scaled-sum", ("skips-only", "decay"), KNN, beside=True),
+        ),
         note="E2 predicts the second half: a branch scaled by one number has a flat gain profile.",
         where="5; 9",
     ),
@@ -457,8 +490,12 @@ DECAYED = (
         "Factors that fall linearly with depth do better than equal ones.",
         "ablation table",
         "second hand",
-        "a constant factor of equal product; √½ on both; a cosine ramp; attention alone, MLP alone",
-        needs="these arms with long skips. The schedules are in the library, the runs are not made",
+        "`constant`, one factor of equal product; √½ on both. Beside them a cosine ramp, the ramp "
+        "on attention alone and on the MLP alone, and factors as chances to keep the identity",
+        (
+            *rows(SHORT, "decay", ("constant", "scaled-sum"), KNN),
+            *rows(SHORT, "decay", SCHEDULES, KNN, beside=True),
+        ),
         note="On the spiral, without norms and features, a ramp still learns at a product where "
         "equal factors no longer do (chapter 5, live).",
         where="5 fig-05-spiral; 9",
@@ -469,8 +506,11 @@ DECAYED = (
         "Without long skips from the encoder to the decoder, decay does harm.",
         "ablation table",
         "second hand",
-        "decay without skips against `standard` and `skips-only`",
-        needs="the arm of decay without skips",
+        "`standard-decay`, decay without skips, against `standard` and decay with them",
+        (
+            *(replace(row, sign=-1) for row in rows(SHORT, "standard-decay", ("standard",), KNN)),
+            *beside("decay", ("standard-decay",), KNN),
+        ),
         where="7; 9",
     ),
     Claim(
@@ -481,7 +521,7 @@ DECAYED = (
         "reviews",
         "`skips-only` against `standard`, both with factors of 1",
         (
-            *rows(MASKED, "skips-only", ("standard",), KNN),
+            *rows(MASKED + SHORT + OTHER_SIZES, "skips-only", ("standard",), KNN),
             *rows(MASKED, "skips-only", ("standard",), *READERS, LOSS, beside=True),
         ),
         note="What decay adds to the skips is in B1.",
@@ -493,9 +533,14 @@ DECAYED = (
         "Whatever the depth, decay works best if the product of all factors lies in one window.",
         "text of the paper",
         "second hand",
-        "sweeps of the last factor at several depths, drawn over the product; with and without "
-        "rescaled ε of the norms",
-        needs="the sweeps at depths 6 and 12",
+        "decay, whose product is in the window, against other last factors; with the ε of norms as "
+        "it is and, *undamped*, rescaled",
+        (
+            *rows(SHORT, "decay", SWEPT, KNN),
+            *rows((("undamped", "decay", "{}-undamped"),), "decay", SWEPT, KNN, beside=True),
+            *rows(SHORT, "decay", ("decay-undamped",), KNN, LOSS, beside=True),
+        ),
+        needs="a sweep at another depth",
         note="On digits the product at which training loss is least moves with the learning rate "
         "(chapter 5, live): a window found at one rate may not be one at another.",
         where="5 fig-05-rates; 9",
@@ -512,9 +557,11 @@ DECAYED = (
         "rank of its stem (E5)",
         (
             *rows(MASKED, "decay", BOTH, RANK, CENTRED, beside=True),
-            Link("rank with kNN, last block", "mae", (*BOTH, "decay"), RANK[1], KNN[1], -1),
+            *(
+                Link(f"rank{centred} with kNN, last block", "decay", LINKED, rank, KNN[1], -1)
+                for centred, rank in (("", RANK[1]), (", centred,", CENTRED[1]))
+            ),
         ),
-        needs="more arms: three are too few for a correlation",
         note="That decay lowers the rank shows in the lines *beside*; that low rank goes with good "
         "features does not follow: B1 says what became of the accuracy of the same nets. The mean "
         "of the features is one large singular value, so that the rank is better centred (chapter "
@@ -543,8 +590,13 @@ DECAYED = (
         "second hand",
         "masked loss on unseen images, where decay may cost at most a margin of 0.02 (of nearly 1 "
         "for predicting zero); the margin was fixed before the runs were read",
-        tuple(replace(row, margin=0.02) for row in rows(MASKED, "decay", BOTH, LOSS)),
-        needs="a sweep of the last factor to where training breaks, with and without rescaled ε",
+        tuple(
+            replace(row, margin=0.02)
+            for row in (
+                *rows(MASKED + SHORT, "decay", BOTH, LOSS),
+                *rows((("`alpha-0.1`", "decay", "{}"),), "alpha-0.1", BOTH, LOSS),
+            )
+        ),
         note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
         "without norms, at the step size with them.",
         where="5 fig-05-rates fig-05-spiral; 9",
@@ -555,8 +607,12 @@ DECAYED = (
         "If the factors are learned, they drift back to plain shortcuts, and features get worse.",
         "ablation table",
         "second hand",
-        "learned factors from 1, and from the ramp; weight decay on them on and off",
-        needs="these arms. The rule is in the library, the runs are not made",
+        "`learned`, factors learned from 1, and `learned-ramp`, from the ramp",
+        (
+            *rows(SHORT, "decay", LEARNED, KNN),
+            *beside("learned", ("skips-only",), KNN, RANK),
+        ),
+        needs="weight decay on the factors, on and off",
         where="9",
     ),
     Claim(
@@ -586,8 +642,16 @@ DECAYED = (
         "What decay changes is the shortcut, rather than step sizes, taps or the ε of norms.",
         "title of the paper, made precise here",
         "derived",
-        "on `skips-only`: learning-rate groups on or off × taps scaled or not; both on is decay",
-        needs="the four arms",
+        "on the architecture of `skips-only`, with the ε of decay: learning-rate groups on "
+        "(`rates`) or off × taps scaled (`taps`) or not; both on (`rates-taps`) is decay, both off "
+        "(`norms`) is `skips-only` but for ε",
+        (
+            *rows(SHORT + OTHER_SIZES[:1], "decay", ("rates", "taps"), KNN),
+            *rows(SHORT + OTHER_SIZES[:1], "decay", ("rates-taps", "norms"), KNN, beside=True),
+            *beside("norms", ("skips-only",), KNN),
+            *beside("rates", ("norms",), KNN),
+            *beside("taps", ("norms",), KNN),
+        ),
         note="E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
         "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause.",
@@ -891,12 +955,15 @@ def so_far(claim: Claim, lines: Sequence[Line]) -> str:
 
 def count(claim: Claim, lines: Sequence[Line]) -> str:
     """In how many of the comparisons that decide it holds, and how many contradict it."""
-    read = [one.reading for one in lines if one.what.decides]
-    if set(read) <= set(UNREAD):
+    readings = [one.reading for one in lines if one.what.decides]
+    read = [one for one in readings if one not in UNREAD]
+    if not read:
         return ""
-    parts = [f"holds in {read.count(HOLDS)} of {len(read)} comparisons"]
-    parts += [f"{word} {n}" for word in (CONTRADICTED, *UNREAD) if (n := read.count(word))]
-    return f" ({', '.join(parts)})"
+    told = f"holds in {read.count(HOLDS)} of {len(read)} comparisons"
+    told += f", contradicted in {n}" if (n := read.count(CONTRADICTED)) else ""
+    return (
+        f" ({told}" + "".join(f"; {readings.count(w)} {w}" for w in UNREAD if w in readings) + ")"
+    )
 
 
 def rule_of(claim: Claim) -> str:
