@@ -1,7 +1,5 @@
 """Command line: `python -m mini_resdecay list | show NAME | run NAME … | report`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

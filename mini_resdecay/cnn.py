@@ -1,11 +1,10 @@
 """A small residual net for images, in the pre-activation form of arXiv 1603.05027."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .data import require
 from .shortcuts import Residual, alpha_schedule, make_rules
 
 GROUPS = 8
@@ -44,8 +43,7 @@ class ResidualCNN(nn.Module):
         if any(width < GROUPS or width % GROUPS for width in widths) or not widths:
             raise ValueError(f"widths must be multiples of {GROUPS}, got {tuple(widths)}")
         for name, count in (("channels", channels), ("classes", classes), ("blocks", blocks)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+            require(name, count, count >= 1, "be at least 1")
         alphas = alpha_schedule(len(widths) * blocks, alpha_min, per="block")
         rules = iter(make_rules(shortcut, alphas))
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)

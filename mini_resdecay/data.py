@@ -69,8 +69,7 @@ class ImageSet:
 
         Raises ValueError if n is not in 1…N.
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n must be in 1…{len(self)}, got {n}")
+        require("n", n, 1 <= n <= len(self), f"be in 1…{len(self)}")
         kept = torch.randperm(len(self), generator=_generator(seed))[:n]
         return replace(self, images=self.images[kept], labels=self.labels[kept])
 
@@ -167,8 +166,7 @@ def shapes(n: int, seed: int = 0, split: str = "train") -> tuple[ImageSet, dict[
 
     Raises ValueError if n < 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    require("n", n, n >= 1, "be at least 1")
     generator = _generator(seed)
     x, y, size, hue, grey = torch.rand(5, n, generator=generator)
     kind, grey = torch.randperm(n, generator=generator) % len(SHAPES), grey / 2
@@ -207,8 +205,7 @@ def _idx(split: str, folder: Path) -> ImageSet:
     prefix = "train" if split == "train" else "t10k"
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-    if images.shape[1:] != (28, 28):
-        raise ValueError(f"images must be [N, 28, 28], got {list(images.shape)}")
+    require("images", list(images.shape), images.shape[1:] == (28, 28), "be [N, 28, 28]")
     return ImageSet(images[:, None], labels.long(), tuple(_FASHION.split()), "fashion-mnist", split)
 
 
@@ -269,8 +266,7 @@ def _rows(table: Any, column: str, place: str) -> list[_Row]:
 
 def _image_folder(split: str, folder: Path, size: int) -> ImageSet:
     """root/split/class/image; other files are passed over; all splits share one list of classes."""
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    require("size", size, size >= 1, "be at least 1")
     found = sorted(folder.glob("[!.]*/[!.]*/[!.]*"))
     files = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not files:
@@ -308,11 +304,10 @@ def _hub_rows(name: str, hub: str, split: str) -> Any:
                 urlopen(datasets.config.HF_ENDPOINT, timeout=5).close()
         return datasets.load_dataset(hub, split=split)
     except Exception as error:  # whatever the hub's client raises, the remedy is the same
+        extra = f"{_EXTRA}, or " if isinstance(error, ImportError) else ""
         remedy = f"give root, or set MINI_RESDECAY_DATA, to a local folder that holds {name}/"
-        if isinstance(error, ImportError):
-            remedy = f"{_EXTRA}, or {remedy}"
         failed = f"{name} cannot be fetched from the Hugging Face hub ({hub}: {error})"
-        raise ConnectionError(f"{failed}; {remedy}") from error
+        raise ConnectionError(f"{failed}; {extra}{remedy}") from error
 
 
 # ---- decoding, once ----
@@ -323,7 +318,12 @@ def _kept(name: str, split: str, shape: _Shape, key: Any, read: Callable[[], _Ro
     digest = sha256(repr((shape, key)).encode())[:16]
     path = cache_folder() / f"{name}-{split}-{digest}.safetensors"
     with contextlib.suppress(*_DAMAGE, SafetensorError):  # missing, cut or altered
-        return _read_cache(path, name, split)
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
+        if notes["seal"] == _seal(kept):
+            return kept
     rows, classes = read()
     labels = torch.tensor([label for *_, label in rows])
     kept = ImageSet(_decode(rows, shape), labels, classes, name, split)
@@ -332,16 +332,6 @@ def _kept(name: str, split: str, shape: _Shape, key: Any, read: Callable[[], _Ro
         write_whole(path, save({"images": kept.images, "labels": labels}, notes))
     except OSError as error:  # a full or read-only disk costs the cache, not the data
         warnings.warn(f"{name} is not kept in {path.parent}: {error}", stacklevel=4)
-    return kept
-
-
-def _read_cache(path: Path, name: str, split: str) -> ImageSet:
-    with safe_open(path, framework="pt") as file:
-        notes = file.metadata()
-        images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
-    if notes["seal"] != _seal(kept):
-        raise ValueError(f"{path} was altered")
     return kept
 
 
@@ -380,8 +370,7 @@ def _open(source: bytes | Path, sheet: Image.Image) -> Image.Image:
         if isinstance(source, Path):
             image.draft(mode, (2 * size[0], 2 * size[1]))  # a JPEG shrinks while it is decoded
             return ImageOps.fit(image.convert(mode), size)
-        if image.size != size:
-            raise ValueError(f"it must be {size[0]}×{size[1]} pixels, got {image.size}")
+        require("it", image.size, image.size == size, f"be {size[0]}×{size[1]} pixels")
         return image.convert(mode)
 
 
@@ -401,10 +390,9 @@ class Batches(Sequence[tuple[Tensor, Tensor]]):
     def __init__(
         self, dataset: ImageSet, size: int, steps: int, seed: int, augment: Augment | None = None
     ) -> None:
-        if not 1 <= size <= len(dataset):
-            raise ValueError(f"size must be in 1…{len(dataset)} (the set's length), got {size}")
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
+        n = len(dataset)
+        require("size", size, 1 <= size <= n, f"be in 1…{n} (the set's length)")
+        require("steps", steps, steps >= 0, "be at least 0")
         self.dataset, self.size, self.steps = dataset, size, steps
         self.seed, self.augment = seed, augment
         _generator(seed)  # refuses a seed below 0
@@ -431,8 +419,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 def _generator(*seeds: int) -> Generator:
     """A generator of its own for every tuple of seeds."""
-    if min(seeds) < 0:
-        raise ValueError(f"seed must be at least 0, got {min(seeds)}")
+    require("seed", min(seeds), min(seeds) >= 0, "be at least 0")
     # torch seeds its CPU generator with 32 bits only, so the numbers are mixed, not packed.
     return Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
@@ -463,10 +450,8 @@ def crop(images: Tensor, smallest: float = 0.2, generator: Generator | None = No
     Raises ValueError for images that are not uint8, and unless 0 < smallest <= 1.
     Source: the training of arXiv 2111.06377.
     """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, got {images.dtype}")
-    if not 0 < smallest <= 1:
-        raise ValueError(f"smallest must lie in (0, 1], got {smallest}")
+    require("images", images.dtype, images.dtype == torch.uint8, "be uint8")
+    require("smallest", smallest, 0 < smallest <= 1, "lie in (0, 1]")
     area, shape, x, y = _beside(images, torch.rand(4, len(images), generator=generator))
     area, ratio = smallest + (1 - smallest) * area, (4 / 3) ** (2 * shape - 1)
     width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
@@ -514,6 +499,12 @@ def known(argument: str, value: str, allowed: Collection[str]) -> str:
     hint = f'; did you mean "{near[0]}"?' if near else ""
     listed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, …"
     raise ValueError(f'{argument} must be one of {listed}, got "{value}"{hint}')
+
+
+def require(argument: str, value: object, fits: bool | Tensor, wanted: str) -> None:
+    """A ValueError that says "{argument} must {wanted}, got {value}", unless `fits`."""
+    if not fits:
+        raise ValueError(f"{argument} must {wanted}, got {value}")
 
 
 def sha256(data: bytes) -> str:

@@ -7,8 +7,6 @@ the dropped branches alone: everything else is frozen, and gradients flow throug
 they update each branch exactly once. The control arms of `ARMS` take one part away each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import Parameter
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .data import known
-from .shortcuts import device_of, path_mask, paths
+from .data import known, require
+from .shortcuts import device_of, path_mask, paths, restoring
 
 Rates = float | Sequence[float] | Tensor
 Loss = Callable[[], Tensor]
@@ -106,8 +104,7 @@ def mixture_step(
     `residual_droppath_step`, without `freeze`; `p` is one number.
     """
     rates, skip = _rates(p, model), _can_skip(model) if skip is None else skip
-    if torch.as_tensor(p).ndim:
-        raise ValueError(f"p must be one rate in the mixture, got {p}")
+    require("p", p, torch.as_tensor(p).ndim == 0, "be one rate in the mixture")
     mask, parts = _drawn(rates, generator, model), []
 
     def both() -> Tensor:
@@ -137,7 +134,7 @@ def _update(
     model: nn.Module,
     optimizer: Optimizer,
     loss_fn: Loss,
-    trained: Sequence[Parameter],
+    trained: Sequence[nn.Parameter],
     *,
     micro_batches: int = 1,
     clip: float | None = None,
@@ -149,46 +146,35 @@ def _update(
     Frozen parameters have no gradient at all. With a gradient of zeros, momentum and weight decay
     would still move them; with `requires_grad` off, torch.compile would start again.
     """
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be above 0, got {clip}")
+    require("micro_batches", micro_batches, micro_batches >= 1, "be at least 1")
+    require("clip", clip, clip is None or clip > 0, "be above 0")
     trained = [parameter for parameter in trained if parameter.requires_grad]
     model.zero_grad(set_to_none=True)
-    losses = []
+    scaler, losses = scaler or GradScaler(enabled=False), []
     for _ in range(micro_batches):
         loss = loss_fn() / micro_batches
         losses.append(loss.detach())
         if trained:
-            loss = loss if scaler is None else scaler.scale(loss)
-            loss.backward(inputs=trained if skip else None)
-    chosen = set(map(id, trained))
-    for parameter in model.parameters():
-        if id(parameter) not in chosen:
-            parameter.grad = None
+            scaler.scale(loss).backward(inputs=trained if skip else None)
+    for parameter in set(model.parameters()) - set(trained):
+        parameter.grad = None
     used = [q for group in optimizer.param_groups for q in group["params"] if q.grad is not None]
     if not used:  # a GradScaler fails where there is nothing to step
         return torch.stack(losses).sum()
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     if clip is not None:
         nn.utils.clip_grad_norm_(used, clip)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     return torch.stack(losses).sum()
 
 
 def _rates(p: Rates, model: nn.Module) -> Tensor:
     depth, rates = len(paths(model)), torch.as_tensor(p, dtype=torch.float32)
-    if not depth:
-        raise ValueError(f"model must have Residual blocks to drop, got {type(model).__name__}")
+    require("model", type(model).__name__, depth > 0, "have Residual blocks to drop")
     if rates.shape not in ((), (depth,)):
         raise ValueError(f"p must be one rate or one for each of {depth} paths, got {p}")
-    if not ((rates >= 0) & (rates <= 1)).all():
-        raise ValueError(f"p must lie in [0, 1], got {p}")
+    require("p", p, ((rates >= 0) & (rates <= 1)).all(), "lie in [0, 1]")
     return rates.expand(depth)
 
 
@@ -211,18 +197,13 @@ def _dropped(
     if known("scale", scale, ("inverse", "none")) == "inverse":
         mask = mask / torch.where(rates < 1, 1 - rates, 1)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    try:
+    with restoring(norms, "momentum"), path_mask(model, mask, skip=skip):
         for norm in norms:
             norm.momentum = 0.0
-        with path_mask(model, mask, skip=skip):
-            yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        yield
 
 
-def _parameters(model: nn.Module, chosen: Tensor, outside: bool) -> list[Parameter]:
+def _parameters(model: nn.Module, chosen: Tensor, outside: bool) -> list[nn.Parameter]:
     """Parameters of the chosen paths and, if asked for, of all that lies outside every path."""
     owned = [list(block.parameters()) for block in paths(model)]
     inside = {id(parameter) for own in owned for parameter in own}

@@ -7,8 +7,6 @@
 Whatever can be chosen is chosen on a part of the training set; the test set is read once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import require
 from .shortcuts import decay_groups, paths
 
 Features = Tensor | Mapping[str, Tensor]
@@ -70,10 +69,8 @@ def knn_accuracy(
     Source: the evaluation of DINO, arXiv 2104.14294.
     """
     _check(bank, bank_labels, queries, query_labels)
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be in 1…{len(bank)}, the rows of bank, got {k}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    require("k", k, 1 <= k <= len(bank), f"be in 1…{len(bank)}, the rows of bank")
+    require("temperature", temperature, temperature > 0, "be above 0")
     size = min(GROUP, len(bank) // k)
     groups = -(-len(bank) // size)
     unit = F.normalize(bank.float()).T
@@ -98,8 +95,8 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> 
         if not fits or y.shape != x.shape[:1] or not len(x):
             got = f"{list(x.shape)} and {list(y.shape)}"
             raise ValueError(f"features and labels must be [n, d] and [n], got {got}")
-        if not torch.stack(x.aminmax()).isfinite().all():  # much faster than all of x
-            raise ValueError("features must be finite, got NaN or infinity")
+        finite = torch.stack(x.aminmax()).isfinite().all()  # much faster than all of x
+        require("features", "NaN or infinity", finite, "be finite")
         if y.dtype != torch.int64 or y.min() < 0:
             raise ValueError(f"labels must be int64 from 0 on, got {y.dtype}, least {y.min()}")
 
@@ -147,8 +144,7 @@ def linear_probe(
     if steps < 1 or not grid or not all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid):
         wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
         raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
-    if len(train_y) < 10:
-        raise ValueError(f"train_x must have at least 10 rows, got {len(train_y)}")
+    require("train_x", len(train_y), len(train_y) >= 10, "have at least 10 rows")
     if (odd := int(test_y.max())) > (last := int(train_y.max())):
         raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
@@ -227,8 +223,7 @@ def fine_tuning_groups(
     Raises ValueError for a net without paths, or layer_decay outside (0, 1].
     Source: the fine-tuning of arXiv 2111.06377; here the class token of the stem is decayed too.
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
+    require("layer_decay", layer_decay, 0 < layer_decay <= 1, "lie in (0, 1]")
     blocks = paths(net)
     if not blocks or not all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
         wanted = "paths behind a LayerNorm, attention and MLP in turn"
@@ -265,8 +260,7 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
             total += off.sum(0)
             products.addmm_(off.T, off)
         count += len(x)
-    if not count:
-        raise ValueError("batches must hold at least one batch, got none")
+    require("batches", "none", count > 0, "hold at least one batch")
     spread = products - total.outer(total) / count
     return origin + total / count, spread / (count - 1 or math.nan)
 
@@ -347,8 +341,7 @@ def overlap(real: Tensor, made: Tensor, k: int = 5) -> Overlap:
     for name, x in (("real", real), ("made", made)):
         if x.dim() != 2 or x.shape[1:] != real.shape[1:] or not x.isfinite().all():
             raise ValueError(f"{name} must be finite features [n, d], got {list(x.shape)}")
-        if not 1 <= k < len(x):
-            raise ValueError(f"k must be in 1…{len(x) - 1}, the other rows of {name}, got {k}")
+        require("k", k, 1 <= k < len(x), f"be in 1…{len(x) - 1}, the other rows of {name}")
         # The nearest of all is the row itself.
         radii.append(torch.cdist(x.double(), x.double()).kthvalue(k + 1).values)
     distance = torch.cdist(made.double(), real.double())

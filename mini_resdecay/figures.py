@@ -35,17 +35,29 @@ CLASSES = ((BLUE, "o"), (VERMILLION, "^"))  # colour and marker of class 0 and c
 # How one arm looks in every figure: never by hue alone.
 Style = namedtuple("Style", "colour marker dash")
 
-ARM_STYLE = {"init": Style(GREY, "x", ":"), "trained": Style(BLUE, "o", "-")}
-ARM_STYLE |= {"plain net": Style(VERMILLION, "s", "--"), "residual net": Style(BLUE, "D", "-")}
-ARM_STYLE |= {"relu": Style(GREEN, "v", "-"), "tanh": Style(PURPLE, "^", "--")}
-# Ways to train the same net (chapter 4), then shortcuts (chapters 5, 9 and 11).
-ARM_STYLE |= {"plain": Style(BLUE, "p", "-"), "plain-half": Style(SKY, "v", "--")}
-ARM_STYLE |= {"plain-eq": Style(BLUE, "<", "-."), "droppath": Style(ORANGE, "^", "-")}
-ARM_STYLE |= {"two-stage": Style(GREEN, "D", "--"), "no-freeze": Style(PURPLE, "P", "-.")}
-ARM_STYLE |= {"mixture": Style(VERMILLION, "X", ":"), "random-freeze": Style(BLACK, "*", "-")}
-ARM_STYLE |= {"standard": Style(BLUE, "h", "-"), "skips-only": Style(SKY, "d", "--")}
-ARM_STYLE |= {"decay": Style(VERMILLION, ">", "-"), "constant": Style(ORANGE, "H", "-.")}
-ARM_STYLE |= {"learned": Style(GREEN, "8", ":")}
+ARM_STYLE = {
+    "init": Style(GREY, "x", ":"),
+    "trained": Style(BLUE, "o", "-"),
+    "plain net": Style(VERMILLION, "s", "--"),
+    "residual net": Style(BLUE, "D", "-"),
+    "relu": Style(GREEN, "v", "-"),
+    "tanh": Style(PURPLE, "^", "--"),
+    # Ways to train the same net (chapter 4).
+    "plain": Style(BLUE, "p", "-"),
+    "plain-half": Style(SKY, "v", "--"),
+    "plain-eq": Style(BLUE, "<", "-."),
+    "droppath": Style(ORANGE, "^", "-"),
+    "two-stage": Style(GREEN, "D", "--"),
+    "no-freeze": Style(PURPLE, "P", "-."),
+    "mixture": Style(VERMILLION, "X", ":"),
+    "random-freeze": Style(BLACK, "*", "-"),
+    # Shortcuts (chapters 5, 9 and 11).
+    "standard": Style(BLUE, "h", "-"),
+    "skips-only": Style(SKY, "d", "--"),
+    "decay": Style(VERMILLION, ">", "-"),
+    "constant": Style(ORANGE, "H", "-."),
+    "learned": Style(GREEN, "8", ":"),
+}
 # What a pass does with a part of the net: never by hue alone.
 PARTS: dict[str, dict[str, Any]] = {
     "run and updated": {"fc": "#99D8C7", "ec": GREEN, "lw": 2.4},
@@ -56,11 +68,19 @@ PARTS: dict[str, dict[str, Any]] = {
 _OTHERS = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY)
 OTHER_STYLES = [*map(Style, _OTHERS, "os^Dv<P", ("-", "--", "-.", ":", "-", "--", "-."))]
 
-HOUSE: dict[str, Any] = {"font.size": 11, "axes.labelsize": 12, "axes.titlesize": 12}
-HOUSE |= {"axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True}
-HOUSE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-# Smoothing would more than double the file of a map.
-HOUSE |= {"image.interpolation": "nearest", "legend.columnspacing": 1.2}
+HOUSE: dict[str, Any] = {
+    "font.size": 11,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.columnspacing": 1.2,
+    "image.interpolation": "nearest",  # smoothing would more than double the file of a map
+}
 # 25 steps of colour: a smooth ramp makes the file three times larger.
 DIVERGING: dict[str, Any] = {"cmap": plt.get_cmap("RdBu_r", 25), "origin": "lower"}
 _open_frames: list[list[tuple[bytes, str]]] = []

@@ -5,8 +5,6 @@ skips carry states of the encoder to the decoder, which starts from positions al
 this book's own: long skips, and the encoder's last state as in `standard`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,7 +14,7 @@ from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from .data import known
+from .data import known, require
 from .shortcuts import alpha_schedule, make_rules
 from .vit import ViT, make_blocks, silence, sincos_positions, xavier
 
@@ -42,9 +40,8 @@ def standardise(patches: Tensor) -> Tensor:
 def kept_patches(patches: int, mask_ratio: float) -> int:
     """How many patches stay: N - round(N * mask_ratio). Raises ValueError for none or all."""
     kept = patches - round(patches * mask_ratio) if 0 < mask_ratio < 1 else 0
-    if not 0 < kept < patches:
-        wanted = f"mask_ratio must keep 1 to {patches - 1} of {patches} patches"
-        raise ValueError(f"{wanted}, got {mask_ratio}")
+    wanted = f"keep 1 to {patches - 1} of {patches} patches"
+    require("mask_ratio", mask_ratio, 0 < kept < patches, wanted)
     return kept
 
 
@@ -134,8 +131,7 @@ class MAE(nn.Module):
             raise ValueError(f'encoder depth must be even for arch="{arch}", got {depth}')
         if arch == "paper" and not isinstance(encoder.norm, nn.Identity):
             raise ValueError('encoder must have final_norm=False for arch="paper", got True')
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth must be at least 1, got {decoder_depth}")
+        require("decoder_depth", decoder_depth, decoder_depth >= 1, "be at least 1")
         if decoder_dim < 4 or decoder_dim % 4:
             raise ValueError(f"decoder_dim must be a multiple of 4 above 0, got {decoder_dim}")
         if decoder_heads < 1 or decoder_dim % decoder_heads:

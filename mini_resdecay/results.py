@@ -8,8 +8,6 @@ One JSON object a run, `<study>/<arm>-s<seed>.json`. Where there is no checkout 
 is fetched at this version's tag and checked against `results.sha256`, which the package ships.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math
@@ -254,10 +252,9 @@ def environment(gpu: bool = True) -> dict[str, Any]:
     """
     versions = {"mini_resdecay": __version__, "python": platform.python_version()}
     versions |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "accelerate")}
-    device = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
     gpu = gpu and torch.cuda.is_available()
-    if gpu:
-        device = torch.cuda.get_device_name()
+    cpu = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name() if gpu else cpu
     command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
     here = Path(__file__).parents[1]  # by the shell, for which a machine without git is no error
     git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
@@ -269,9 +266,12 @@ def check_fingerprint(run: Run, fingerprint: str) -> bool:
     """Whether `run` was made with this very data; a UserWarning says what it means if not."""
     same = run.fingerprint == fingerprint
     if not same:
-        told = f"{run.study}/{run.arm} was recorded with other data: {run.fingerprint}, yours is "
-        told += f"{fingerprint}. PNG pictures instead of JPEG change losses from the third digit on"
-        warnings.warn(f"{told}; another set or split cannot be compared", stacklevel=2)
+        warnings.warn(
+            f"{run.study}/{run.arm} was recorded with other data: {run.fingerprint}, yours is "
+            f"{fingerprint}. PNG pictures instead of JPEG change losses from the third digit on; "
+            "another set or split cannot be compared",
+            stacklevel=2,
+        )
     return same
 
 

@@ -4,12 +4,12 @@ All measures take features `[n, ..., d]`, row i of every layer belonging to the 
 compute in float64 on the CPU. Show each beside the same measure of the untrained net.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import known
-from .shortcuts import device_of, path_mask, paths
+from .data import known, require
+from .shortcuts import device_of, path_mask, paths, restoring
 
 # ---- Features of any net ---------------------------------------------------------------------
 
@@ -41,13 +41,15 @@ def layer_features(
     Raises ValueError for unknown modules or pool, and for a module that does not run just once.
     """
     known("pool", str(pool), ("None", "mean", "patches", "cls"))
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    require("batch", batch, batch >= 1, "be at least 1")
     names = list(modules or ["stem", *(f"blocks.{i}" for i in range(len(_blocks(model))))])
-    taken: dict[str, list[Tensor]] = {name: [] for name in names}
-    device = device_of(model)
-    with evaluating(model), _recorded(model, taken, pool):
-        starts = range(0, len(inputs[0]), batch)
+    layers = dict(model.named_modules())
+    taken: dict[str, list[Tensor]] = {known("modules", name, layers): [] for name in names}
+    device, starts = device_of(model), range(0, len(inputs[0]), batch)
+    with evaluating(model), ExitStack() as hooks:
+        for name, outputs in taken.items():
+            take = partial(_take, outputs, pool)
+            hooks.enter_context(layers[name].register_forward_hook(take))
         for start in starts:
             model(*(x[start : start + batch].to(device) for x in inputs))
     for name, outputs in taken.items():
@@ -68,25 +70,8 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     return model.blocks  # type: ignore[return-value]
 
 
-@contextmanager
-def _recorded(model: nn.Module, taken: dict[str, list[Tensor]], pool: str | None) -> Iterator[None]:
-    layers = dict(model.named_modules())
-    for name in taken:
-        known("modules", name, layers)
-    hooks = [
-        layers[name].register_forward_hook(
-            lambda module, args, output, outputs=outputs: outputs.append(_pooled(output, pool))
-        )
-        for name, outputs in taken.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _pooled(output: Any, pool: str | None) -> Tensor:
+def _take(outputs: list[Tensor], pool: str | None, layer: Any, args: Any, output: Any) -> None:
+    """A forward hook: keep the output of a layer, pooled."""
     x: Tensor = output if isinstance(output, Tensor) else output[0]
     if pool in ("cls", "patches") and x.dim() != 3:
         raise ValueError(f'pool must be "mean" without tokens [n, t, d], got {tuple(x.shape)}')
@@ -96,19 +81,15 @@ def _pooled(output: Any, pool: str | None) -> Tensor:
         x = reduce(x, "n ... d -> n d", "mean")
     if pool in ("cls", "patches"):
         x = x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
-    return x.to("cpu", copy=True)  # the net may go on and write into its own output
+    outputs.append(x.to("cpu", copy=True))  # the net may go on and write into its own output
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the net is in evaluation mode; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with restoring(list(model.modules()), "training"):
+        model.eval()
         yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 # ---- Similarity of two layers ----------------------------------------------------------------
@@ -121,8 +102,7 @@ def cosine(x: Tensor, y: Tensor, centre: bool = False) -> float:
     Rows shorter than 1e-12 are left out, with a warning that counts them.
     Raises ValueError for different shapes, values that are not finite, or no row left.
     """
-    if x.shape != y.shape:
-        raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    require("y", tuple(y.shape), x.shape == y.shape, f"have the shape of x, {tuple(x.shape)}")
     return _only((_centred_cosine_map if centre else _cosine_map)([x, y]))
 
 
@@ -163,8 +143,7 @@ def similarity_map(
     The four measures of this file are computed for all pairs at once, any other one pair by
     pair. A cell is NaN where a layer is constant, or where a cosine meets two widths.
     """
-    if not features:
-        raise ValueError("features must hold at least one layer, got none")
+    require("features", "none", len(features) > 0, "hold at least one layer")
     if measure in _MAPS:
         return _MAPS[measure](features)
     upper = [[measure(x, y) for y in features[i:]] for i, x in enumerate(features)]
@@ -207,8 +186,7 @@ def _debiased_cka_map(features: Sequence[Tensor]) -> Tensor:
     """
     layers = [_centred(x) for x in features]
     n = len(layers[0])
-    if n < 5:
-        raise ValueError(f"debiased CKA must have at least 5 rows, got {n}")
+    require("debiased CKA", n, n >= 5, "have at least 5 rows")
     if n < 50:
         warnings.warn(f"debiased CKA is noisy below 50 rows, got {n}", stacklevel=3)
     overlaps = _overlaps(layers)
@@ -252,10 +230,8 @@ def _only(pair: Tensor) -> float:
 
 def _rows(x: Tensor) -> Tensor:
     x = x.detach().to("cpu", torch.float64)
-    if x.dim() < 2:
-        raise ValueError(f"features must have the shape [n, ..., d], got {tuple(x.shape)}")
-    if not x.isfinite().all():
-        raise ValueError("features must be finite, got NaN or infinity")
+    require("features", tuple(x.shape), x.dim() >= 2, "have the shape [n, ..., d]")
+    require("features", "NaN or infinity", x.isfinite().all(), "be finite")
     return rearrange(x, "... d -> (...) d")
 
 
@@ -280,16 +256,14 @@ def _same_rows(layers: Sequence[Tensor]) -> Sequence[Tensor]:
 def rebound(profile: Tensor | Sequence[float]) -> float:
     """The largest rise after a low: max_k (r(k) - min_{j<=k} r(j)), 0 if r never rises."""
     r = torch.as_tensor(profile, dtype=torch.float64)
-    if not len(r) or not r.isfinite().all():
-        raise ValueError(f"profile must hold finite values, got {r.tolist()}")
+    require("profile", r.tolist(), len(r) > 0 and r.isfinite().all(), "hold finite values")
     return (r - r.cummin(0).values).max().item()
 
 
 def map_rebound(similarity: Tensor) -> float:
     """Mean rebound of the profiles S[i, i:] over all anchors i but the last; S is `[L, L]`."""
     last = len(similarity) - 1
-    if last < 1:
-        raise ValueError(f"similarity must be of at least 2 layers, got {len(similarity)}")
+    require("similarity", len(similarity), last >= 1, "be of at least 2 layers")
     return sum(rebound(similarity[i, i:]) for i in range(last)) / last
 
 
@@ -341,9 +315,8 @@ def rank_entropy(x: Tensor, centre: bool = False) -> float:
 
     Source: arXiv 2404.10947 (its rank measure); Roy and Vetterli, EUSIPCO 2007.
     """
-    share = _singular_values(x, centre)
-    share = share / share.sum()
-    return torch.special.entr(share).sum().item()
+    values = _singular_values(x, centre)
+    return torch.special.entr(values / values.sum()).sum().item()
 
 
 def effective_rank(x: Tensor, centre: bool = False) -> float:
@@ -382,15 +355,12 @@ def block_influence(features: Sequence[Tensor]) -> Tensor:
 
     Small influence does not prove a block useless: see `skip_one`. Source: arXiv 2403.03853.
     """
-    pairs = zip(features[:-1], features[1:], strict=True)
-    return torch.tensor([1 - cosine(x, y) for x, y in pairs], dtype=torch.float64)
+    return torch.tensor([1 - cosine(x, y) for x, y in pairwise(features)], dtype=torch.float64)
 
 
 def residual_norm(features: Sequence[Tensor]) -> Tensor:
     """|H_l - H_{l-1}| / |H_{l-1}| (Frobenius) of each block, `[L]`."""
-    layers = [_rows(x) for x in features]
-    pairs = zip(layers[:-1], layers[1:], strict=True)
-    return torch.stack([(y - x).norm() / x.norm() for x, y in pairs])
+    return torch.stack([(y - x).norm() / x.norm() for x, y in pairwise(map(_rows, features))])
 
 
 @torch.no_grad()
@@ -410,8 +380,7 @@ def keep_random(
     model: nn.Module, score: Callable[[], float], keep: float = 0.5, draws: int = 20, seed: int = 0
 ) -> Tensor:
     """`score()` of random sub-nets, each path kept with probability `keep`: `[draws]`."""
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep must lie in [0, 1], got {keep}")
+    require("keep", keep, 0 <= keep <= 1, "lie in [0, 1]")
     generator = torch.Generator().manual_seed(seed)
     masks = (torch.rand(draws, _path_count(model), generator=generator) < keep).float()
     with evaluating(model):
@@ -479,8 +448,7 @@ def probe_layers(
     train: Sequence[Tensor], train_y: Tensor, test: Sequence[Tensor], test_y: Tensor
 ) -> list[float]:
     """`probe_accuracy` of every layer, from its features on train and test points."""
-    pairs = zip(train, test, strict=True)
-    return [probe_accuracy(a, train_y, b, test_y) for a, b in pairs]
+    return [probe_accuracy(a, train_y, b, test_y) for a, b in zip(train, test, strict=True)]
 
 
 def diagnose(

@@ -4,8 +4,6 @@ Both papers of this book are two knobs on the same line `x + branch(norm(x))`:
 a weight `alpha` on the shortcut (arXiv 2404.10947) and a mask on the branch (arXiv 2411.09475).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from .data import known
+from .data import known, require
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -41,8 +39,7 @@ def alpha_schedule(
     attention or MLP alone where blocks are not divided.
     Source: arXiv 2404.10947, alpha_k = 1 - (1 - alpha_min) k / (n - 1), as in the authors' code.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+    require("depth", depth, depth >= 1, "be at least 1")
     _share("alpha_min", alpha_min)
     ramp = RAMPS.get(known("kind", kind, KINDS), RAMPS["linear"])
     n = depth * {"sublayer": 2, "block": 1}[known("per", per, ("sublayer", "block"))]
@@ -55,8 +52,7 @@ def alpha_schedule(
 
 
 def _share(name: str, value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}")
+    require(name, value, 0 < value <= 1, "lie in (0, 1]")
     return value
 
 
@@ -73,8 +69,7 @@ def branch_gains(alphas: Sequence[float], branch: float = 1.0) -> tuple[float, .
     is exact once the norms are rescaled too: `rescale_norms`. Factors above 1 are allowed here.
     Raises ValueError for a factor that is not above 0 and finite.
     """
-    if not all(0 < alpha < math.inf for alpha in alphas):
-        raise ValueError(f"alphas must be above 0 and finite, got {alphas}")
+    require("alphas", alphas, all(0 < a < math.inf for a in alphas), "be above 0 and finite")
     return tuple(branch / kept for kept in accumulate(alphas, lambda kept, alpha: kept * alpha))
 
 
@@ -206,8 +201,7 @@ def make_rules(shortcut: str, alphas: Sequence[float]) -> list[nn.Module]:
         rule = Decay
     if rule in (Decay, Learned, IdentityDrop):
         return [rule(alpha) for alpha in alphas]
-    if min(alphas) < 1:
-        raise ValueError(f'alpha_min must be 1 for shortcut="{shortcut}", got {min(alphas)}')
+    require("alpha_min", min(alphas), min(alphas) >= 1, f'be 1 for shortcut="{shortcut}"')
     return [rule() for _ in alphas]
 
 
@@ -265,20 +259,25 @@ def path_mask(
     blocks = paths(model)
     if not (isinstance(mask, Tensor) and mask.is_floating_point()):
         mask = torch.as_tensor(mask, dtype=torch.float64)
-    if mask.shape[:1] != (len(blocks),):
-        raise ValueError(
-            f"mask must have one entry for each of the {len(blocks)} paths, "
-            f"got shape {tuple(mask.shape)}"
-        )
-    before = [(block.mask, block.skipped) for block in blocks]
+    wanted = f"have one entry for each of the {len(blocks)} paths"
+    require("mask", f"shape {tuple(mask.shape)}", mask.shape[:1] == (len(blocks),), wanted)
     unused = [skip and not entry.any() for entry in mask]
-    try:
+    with restoring(blocks, "mask", "skipped"):
         for block, value, none in zip(blocks, mask.to(device_of(model)), unused, strict=True):
             block.mask, block.skipped = value, none
         yield
+
+
+@contextmanager
+def restoring(modules: Sequence[nn.Module], *names: str) -> Iterator[None]:
+    """What the `with` block does to these attributes of `modules` is undone, after an error too."""
+    before = [[getattr(module, name) for name in names] for module in modules]
+    try:
+        yield
     finally:
-        for block, old in zip(blocks, before, strict=True):
-            block.mask, block.skipped = old
+        for module, values in zip(modules, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(module, name, value)
 
 
 def device_of(model: nn.Module) -> torch.device:

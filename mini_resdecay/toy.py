@@ -1,7 +1,5 @@
 """The toy of arXiv 2411.09475: two spiral arms and a net of linear layers with shortcuts."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,10 +9,9 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import known
+from .data import known, require
 from .shortcuts import (
     Decay,
     NoShortcut,
@@ -73,8 +70,7 @@ class ResidualMLP(nn.Module):
         alpha_min: float = 1.0,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        require("width", width, width >= 1, "be at least 1")
         if not residual and shortcut != "plain":
             raise ValueError(f'shortcut must be "plain" if residual=False, got "{shortcut}"')
         act = ACTIVATIONS[known("activation", activation, ACTIVATIONS)]
@@ -137,7 +133,7 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, nets: StackedNets) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, nets: "StackedNets") -> Tensor:
         states, branches = [h, *nets.memory[0]], nets.memory[1]
         ctx.nets, ctx.states = nets, states
         for k, (w, b) in enumerate(zip(weight, bias, strict=True)):
@@ -234,7 +230,7 @@ def train_together(
         if step == steps:
             break
         logits = rearrange(stacked(x), "s n c -> s c n")
-        loss = F.cross_entropy(logits, labels, reduction="none").mean(1)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none").mean(1)
         losses[step] = loss.detach()
         optimizer.zero_grad()
         loss.sum().backward()

@@ -8,8 +8,6 @@ The loop knows no model and no experiment. What a resumed run needs is in `Train
 of it is stored: tensors as safetensors, everything else as JSON. Nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
-from .data import known, sha256, write_whole
+from .data import known, require, sha256, write_whole
 
 Step = Callable[["TrainState", Any], dict[str, Any]]
 FIELDS = ("step", "seconds", "recent", "history")  # of a TrainState; JSON holds them
@@ -83,8 +81,7 @@ def make_state(
     An `ema_decay` of 0 means no EMA. `seed` is for the state's generator alone.
     Raises ValueError for a precision that the device lacks or an EMA decay outside [0, 1).
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+    require("ema_decay", ema_decay, 0 <= ema_decay < 1, "be in [0, 1)")
     # Said outright: without it, processes on a machine with no GPU would each train alone.
     cpu = cpu or not torch.accelerator.is_available()
     precision = check_precision(precision, cpu)
@@ -111,8 +108,7 @@ def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> lr_sch
 
     Raises ValueError unless 0 <= warmup < steps.
     """
-    if not 0 <= warmup < steps:
-        raise ValueError(f"warmup must be in [0, steps = {steps}), got {warmup}")
+    require("warmup", warmup, 0 <= warmup < steps, f"be in [0, steps = {steps})")
 
     def factor(step: int) -> float:
         part = min(1.0, (step - warmup) / (steps - warmup))

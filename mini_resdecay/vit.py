@@ -4,8 +4,6 @@ Each block of the usual description is two `Residual`s here, attention and MLP, 
 factors are counted by sub-layer. Source: arXiv 2010.11929; positions and names as in 2111.06377.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import require
 from .shortcuts import Decay, Plain, Residual, alpha_schedule, fold_gains, make_rules, paths
 
 
@@ -24,8 +23,7 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     The first half of the channels tells the column, the second the row, each as the sines, then
     the cosines of dim / 4 frequencies. Raises ValueError if dim is no multiple of 4.
     """
-    if dim < 4 or dim % 4:
-        raise ValueError(f"dim must be a multiple of 4 above 0, got {dim}")
+    require("dim", dim, dim >= 4 and dim % 4 == 0, "be a multiple of 4 above 0")
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
@@ -43,8 +41,7 @@ class Stem(nn.Module):
         super().__init__()
         if not 1 <= patch_size <= image_size or image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        require("channels", channels, channels >= 1, "be at least 1")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
         side = image_size // patch_size
         self.positions: Tensor
@@ -110,13 +107,12 @@ def make_blocks(
     dim: int, heads: int, rules: Sequence[nn.Module], eps: float = 1e-6, mlp_ratio: float = 4
 ) -> nn.ModuleList:
     """One pre-norm `Residual` a rule: attention and MLP in turn."""
-    if not 1 <= mlp_ratio * dim < math.inf:
-        raise ValueError(f"mlp_ratio must give 1 or more of {dim} channels, got {mlp_ratio}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be 0 or more and finite, got {eps}")
+    hidden = mlp_ratio * dim
+    require("mlp_ratio", mlp_ratio, 1 <= hidden < math.inf, f"give 1 or more of {dim} channels")
+    require("eps", eps, 0 <= eps < math.inf, "be 0 or more and finite")
     return nn.ModuleList(
         Residual(
-            MLP(dim, int(mlp_ratio * dim)) if k % 2 else Attention(dim, heads),
+            MLP(dim, int(hidden)) if k % 2 else Attention(dim, heads),
             nn.LayerNorm(dim, eps=eps),
             rule,
         )
@@ -184,8 +180,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     Raises ValueError for a net without attention.
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    if not layers:
-        raise ValueError(f"model must have Attention layers, got {type(model).__name__}")
+    require("model", type(model).__name__, len(layers) > 0, "have Attention layers")
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.weights(args[0])))

@@ -27,11 +27,16 @@ def stepper(
             "pngs, alts and labels must be equally many and at least 2, "
             f"got {len(pngs)}, {len(alts)} and {len(labels)}"
         )
-    widgets = _ipywidgets()
-    width, height = _common_size(pngs)
-    pictures = [
-        widgets.HTML(_img(png, alt, width, height)) for png, alt in zip(pngs, alts, strict=True)
-    ]
+    try:
+        import ipywidgets as widgets
+    except ImportError as error:
+        raise ImportError(
+            "a figure that moves needs the package ipywidgets: pip install ipywidgets"
+        ) from error
+    sizes = {Image.open(io.BytesIO(png)).size for png in pngs}
+    if len(sizes) > 1:
+        raise ValueError(f"pngs must all have one size, got {sorted(sizes)} pixels")
+    pictures = [widgets.HTML(_img(*pair, *sizes)) for pair in zip(pngs, alts, strict=True)]
     slider = widgets.SelectionSlider(
         options=[(label, i) for i, label in enumerate(labels)],
         index=0,
@@ -53,29 +58,12 @@ def stepper(
     return widgets.VBox([slider, stack])
 
 
-def _ipywidgets() -> Any:
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(
-            "a figure that moves needs the package ipywidgets: pip install ipywidgets"
-        ) from error
-    return ipywidgets
-
-
-def _common_size(pngs: Sequence[bytes]) -> tuple[int, int]:
-    sizes = [Image.open(io.BytesIO(png)).size for png in pngs]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"pngs must all have one size, got {sorted(set(sizes))} pixels")
-    return sizes[0]
-
-
-def _img(png: bytes, alt: str, width: int, height: int) -> str:
+def _img(png: bytes, alt: str, size: tuple[int, int]) -> str:
     if not alt.strip():
         raise ValueError(f"alts must each describe their frame, got {alt!r}")
     data = base64.b64encode(png).decode("ascii")
     # ipywidgets.Image has no alt attribute; an <img> inside an HTML widget has.
     return (
-        f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{width}" '
-        f'height="{height}" style="max-width:100%;height:auto">'
+        f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{size[0]}" '
+        f'height="{size[1]}" style="max-width:100%;height:auto">'
     )

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mini_resdecay import data
-from mini_resdecay.data import Batches, ImageSet, flip, load, shapes, shift, to_float
+from mini_resdecay.data import Batches, ImageSet, flip, load, require, shapes, shift, to_float
 
 LOCAL = os.environ.get("MINI_RESDECAY_DATA")
 real = pytest.mark.skipif(not LOCAL, reason="MINI_RESDECAY_DATA names no folder with real images")
@@ -95,6 +95,12 @@ def small_set(n=20, classes=4):
 
 
 # ---- generated sets ----
+
+
+def test_a_refusal_names_the_argument_what_it_must_be_and_what_it_was():
+    require("n", 1, True, "be at least 1")
+    with pytest.raises(ValueError, match=r"^n must be at least 1, got 0$"):
+        require("n", 0, torch.tensor(False), "be at least 1")
 
 
 def test_digits_are_scikit_learns_split_by_class():

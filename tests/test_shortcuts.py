@@ -30,6 +30,7 @@ from mini_resdecay.shortcuts import (
     path_mask,
     paths,
     rescale_norms,
+    restoring,
     suggest_alpha_min,
 )
 from mini_resdecay.vit import Classifier, ViT
@@ -778,6 +779,15 @@ def test_nested_masks_restore_the_outer_one():
         assert torch.equal(net(x), outer)
         assert torch.equal(outer, net[0](x))
     assert not torch.equal(net(x), outer)
+
+
+def test_what_is_restored_comes_back_after_an_error_too():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1).eval())
+    before = [layer.training for layer in layers]
+    with pytest.raises(KeyError), restoring(list(layers), "training"):
+        layers.eval()
+        raise KeyError
+    assert [layer.training for layer in layers] == before == [True, False]
 
 
 @pytest.mark.parametrize("shape", [(5,), (7,), (1, 6), ()])
