@@ -956,6 +956,113 @@ CHAPTER_8: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 10 ------------------------------------------------------------------------------
+
+
+def _from_velocity(
+    x_t: Tensor, v: Tensor, bar: float, of_x: float = 0.5, of_v: float = 0.5, sign: float = -1.0
+) -> Tensor:
+    return bar**of_x * x_t + sign * (1 - bar) ** of_v * v
+
+
+def _as_if_noise(x_t: Tensor, v: Tensor, bar: float) -> Tensor:
+    return _from_velocity(x_t, v, bar, of_x=0.0) / bar**0.5
+
+
+def _follow(bars: Tensor, times: Sequence[int], var: float, before: Sequence[int]) -> Tensor:
+    """One number through DDIM; `before` are the times that steps lead to, -2 for a clean image."""
+    x = torch.ones((), dtype=torch.float64)
+    for t, s in zip(times[::-1], before[::-1], strict=True):
+        now, after = bars[t], torch.ones(()) if s == -2 else bars[s]
+        eps = (1 - now).sqrt() * x / (now * var + 1 - now)
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    return x
+
+
+def _chain_case(step: int, last: float, var: float) -> tuple[Tensor, list[int], float]:
+    betas = torch.linspace(1e-4, last, 100, dtype=torch.float64)
+    return (1 - betas).cumprod(0), list(range(0, 100, step)), var
+
+
+CHAPTER_10: dict[str, Exercise] = {
+    "ex-10-1": Exercise(
+        solution=(0.73, 1.0, 1.0),
+        mistakes={
+            "you left the factors unsquared. A factor sqrt(a) on x is a factor a on its variance.": (0.95, 1.0, 1.0),
+            "signal and noise have changed places: a belongs to the image.": (0.52, 1.0, 1.0),
+            "that is the noise alone. The image is still there.": (0.64, 1.0, 1.0),
+            "that is the deviation. Its square was asked for.": (0.73**0.5, 1.0, 1.0),
+            "the last state is noise of variance 1, whatever the images were.": (0.73, 0.25, 1.0),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-10-2": Exercise(
+        solution=_from_velocity,
+        mistakes={
+            "a sign: v holds minus the image, so that v is taken off.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, bar, sign=1.0)
+            ),
+            "that is the noise. Turn the other way: the image has the factor sqrt(bar) in x_t.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, 1 - bar, sign=1.0)
+            ),
+            "your two factors have changed places.": lambda x_t, v, bar: _from_velocity(x_t, v, 1 - bar),
+            "the factors are roots. Their squares sum to 1.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, bar, of_x=1.0, of_v=1.0)
+            ),
+            "you treat v as if it were the noise.": _as_if_noise,
+        },
+        cases=(
+            (torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.3, 1.0, -2.0]), 0.36),
+            (torch.tensor([[0.2], [0.7]]), torch.tensor([[-1.0], [0.4]]), 0.9),
+        ),
+    ),
+    "ex-10-3": Exercise(
+        solution=lambda bars, times, var: _follow(bars, times, var, [-2, *times[:-1]]),
+        mistakes={
+            "each step still leads to the time *one* below, as if no time were left out. Which time is visited next?": lambda bars, times, var: (
+                _follow(bars, times, var, [t - 1 for t in times])
+            ),
+            "right in between, but look at the last step: in Python the entry -1 is the last one, and that is pure noise.": lambda bars, times, var: (
+                _follow(bars, times, var, [times[-1], *times[:-1]])
+            ),
+            "the end is right: 1 is what belongs to a clean image. The other steps still go down by one time only.": lambda bars, times, var: (
+                _follow(bars, times, var, [-2, *(t - 1 for t in times[1:])])
+            ),
+            "you stop at time 0, where a little noise is left. One more step leads to the image.": lambda bars, times, var: (
+                _follow(bars, times[1:], var, times[:-1])
+            ),
+            "the last step wraps around to the end of the table, which is pure noise.": lambda bars, times, var: (
+                _follow(bars, times, var, [-1, *times[:-1]])
+            ),
+        },
+        cases=(_chain_case(20, 0.2, 0.25), _chain_case(10, 0.3, 2.0)),
+        tolerance=1e-6,
+    ),
+    "ex-10-4": Exercise(
+        solution=(56, 30),
+        mistakes={
+            "you have the two schedules the wrong way round.": (30, 56),
+            "that is for 1 %. Five were asked for.": (291, 155),
+            "those are the steps of DDPM. DDIM needs fewer.": (133, 68),
+            "one step too few: both are still just outside.": (55, 29),
+        },
+        tolerance=1e-6,
+    ),
+    "ex-10-5": Exercise(
+        solution=(366, 545, 336, 267),
+        mistakes={
+            "the mean of 16 pixels has a 16th of the noise's variance: ln SNR shifts by ln 16, not by ln 4.": (366, 545, 372, 431),
+            "wrong way: the enlarged digit can be told under *more* noise.": (366, 545, 200, 385),
+            "the second pair repeats the first. Sixteen noisy copies of a pixel tell more than one.": (366, 545, 366, 545),
+            "you shifted by 16. The ratio is a logarithm.": (366, 545, 0, 0),
+            "right numbers; the linear schedule comes first.": (545, 366, 267, 336),
+        },
+        tolerance=4e-3,
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -965,4 +1072,5 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_6,
     **CHAPTER_7,
     **CHAPTER_8,
+    **CHAPTER_10,
 }
