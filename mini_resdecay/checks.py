@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -1049,27 +1050,15 @@ CHAPTER_11: dict[str, Exercise] = {
     "ex-11-4": Exercise(
         solution=_fold_join,
         mistakes={
-            "your tap became quieter. In the plain net all states are larger, and late ones most.": lambda *case: (
-                _fold_join(*case, parts=(0, -1, 1))
-            ),
-            "weights are right. The bias is added in the decayed net's units, too.": lambda *case: (
-                _fold_join(*case, parts=(0, 1, 0))
-            ),
-            "the wrong half: the first D columns read the stream, the others the tap.": lambda *case: (
-                _fold_join(*case, parts=(1, 0, 1))
-            ),
-            "both halves are scaled. The stream is in the right units already.": lambda *case: (
-                _fold_join(*case, parts=(1, 1, 1))
-            ),
-            "the join comes before its block: the factors of that block have not acted on the stream yet.": lambda *case: (
-                _fold_join(*case, block=1)
-            ),
+            "your tap became quieter. In the plain net all states are larger, and late ones most.": partial(_fold_join, parts=(0, -1, 1)),
+            "weights are right. The bias is added in the decayed net's units, too.": partial(_fold_join, parts=(0, 1, 0)),
+            "the wrong half: the first D columns read the stream, the others the tap.": partial(_fold_join, parts=(1, 0, 1)),
+            "both halves are scaled. The stream is in the right units already.": partial(_fold_join, parts=(1, 1, 1)),
+            "the join comes before its block: the factors of that block have not acted on the stream yet.": partial(_fold_join, block=1),
             "join 0 takes the tap that was put down last. Yours takes the first.": lambda weight, bias, alphas, k: (
                 _fold_join(weight, bias, alphas, k, tap=k + 1)
             ),
-            "you multiplied the bias by the share instead of dividing by it.": lambda *case: (
-                _fold_join(*case, parts=(0, 1, -1))
-            ),
+            "you multiplied the bias by the share instead of dividing by it.": partial(_fold_join, parts=(0, 1, -1)),
         },
         cases=(_join_case(0, 2, 0), _join_case(1, 3, 2), _join_case(2, 3, 0)),
     ),
