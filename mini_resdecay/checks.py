@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -1063,6 +1064,125 @@ CHAPTER_10: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 11 ------------------------------------------------------------------------------
+
+
+def _line(n: int, alpha_min: float, last: int | None = None) -> list[float]:
+    return [1 - (1 - alpha_min) * k / (last or n - 1) for k in range(n)]
+
+
+def _u_ramp(depth: int, alpha_min: float) -> list[float]:
+    return _line(2 * (depth + 1), alpha_min)
+
+
+def _ramp_that_restarts(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)
+
+
+def _ramp_that_climbs_back(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)[::-1]
+
+
+def _ramp_that_waits(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + [alpha_min] * depth
+
+
+def _ramp_by_block(depth: int, alpha_min: float) -> list[float]:
+    return [alpha for alpha in _line(depth + 1, alpha_min) for _ in range(2)]
+
+
+def _fold_join(
+    weight: Tensor,
+    bias: Tensor,
+    alphas: Sequence[float],
+    k: int,
+    parts: tuple[int, int, int] = (0, 1, 1),
+    block: int = 0,
+    tap: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`parts`: powers of tap / stream on the two halves of weight, of 1 / stream on the bias."""
+    half, skips = len(weight), len(alphas) // 4
+    stream = math.prod(alphas[: 2 * (skips + 1 + k + block)])
+    kept = math.prod(alphas[: 2 * (skips - k) if tap is None else 2 * tap]) / stream
+    scale = torch.tensor([kept ** parts[0]] * half + [kept ** parts[1]] * half)
+    return weight * scale, bias / stream ** parts[2]
+
+
+def _join_case(seed: int, skips: int, k: int) -> tuple[Tensor, Tensor, list[float], int]:
+    weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
+    return weight[:, 1:], weight[:, 0], _u_ramp(2 * skips, 0.6), k
+
+
+CHAPTER_11: dict[str, Exercise] = {
+    "ex-11-1": Exercise(
+        solution=(0.1512, 0.27, 0.504),
+        mistakes={
+            "you have one factor a block. Attention and MLP have one each: six in all.": (0.375, 0.5, 0.75),
+            "0.9 is what is put down as the tap. The block that takes it up has two factors of its own.": (0.1512, 0.9, 0.504),
+            "the tap is put down behind the first block, so that both factors of that block have acted on it.": (0.1512, 0.3, 0.504),
+            "your last number is what comes to the middle. What is left behind it?": (0.1512, 0.27, 0.9),
+            "trunk and tap are two routes. The second number asks for the tap alone.": (0.1512, 0.4212, 0.504),
+            "your first factor is 11/12. The ramp of the published code starts at 1.": (0.1114, 0.2228, 0.3819),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-11-2": Exercise(
+        solution=(26, 0.6191),
+        mistakes={
+            "those are twelve blocks. The one in the middle has a number to itself.": (24, 0.5927),
+            "you gave each block one factor. How many shortcuts are in a block?": (13, 0.3495),
+            "the ramp has 26 factors, and your alpha_min is that of a ramp with 24.": (26, 0.5927),
+            "that puts the product at 1e-3, the lower end of the window.": (26, 0.5566),
+            "that puts the product at 1e-2, the upper end of the window.": (26, 0.6860),
+            "26 sub-layers are 13 blocks. Your alpha_min is for 26 blocks.": (26, 0.7945),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-11-3": Exercise(
+        solution=_u_ramp,
+        mistakes={
+            "it starts again at 1 in the first out block: two ramps in one net. Print the factors and look for the jump.": _ramp_that_restarts,
+            "it climbs back to 1 on the way out. Then the last shortcut would be whole.": _ramp_that_climbs_back,
+            "it reaches alpha_min in the middle and stays there. It should reach it at the very end.": _ramp_that_waits,
+            "both sub-layers of a block have one factor in yours. The ramp falls within a block, too.": _ramp_by_block,
+            "the block in the middle is missing: depth does not count it.": lambda depth, alpha_min: (
+                _line(2 * depth, alpha_min)
+            ),
+            "the last factor is above alpha_min. How many steps lie between n factors?": lambda depth, alpha_min: (
+                _line(2 * (depth + 1), alpha_min, 2 * (depth + 1))
+            ),
+        },
+        cases=((4, 0.234), (2, 0.5), (12, 0.62)),
+    ),
+    "ex-11-4": Exercise(
+        solution=_fold_join,
+        mistakes={
+            "your tap became quieter. In the plain net all states are larger, and late ones most.": partial(_fold_join, parts=(0, -1, 1)),
+            "weights are right. The bias is added in the decayed net's units, too.": partial(_fold_join, parts=(0, 1, 0)),
+            "the wrong half: the first D columns read the stream, the others the tap.": partial(_fold_join, parts=(1, 0, 1)),
+            "both halves are scaled. The stream is in the right units already.": partial(_fold_join, parts=(1, 1, 1)),
+            "the join comes before its block: the factors of that block have not acted on the stream yet.": partial(_fold_join, block=1),
+            "join 0 takes the tap that was put down last. Yours takes the first.": lambda weight, bias, alphas, k: (
+                _fold_join(weight, bias, alphas, k, tap=k + 1)
+            ),
+            "you multiplied the bias by the share instead of dividing by it.": partial(_fold_join, parts=(0, 1, -1)),
+        },
+        cases=(_join_case(0, 2, 0), _join_case(1, 3, 2), _join_case(2, 3, 0)),
+    ),
+    "ex-11-5": Exercise(
+        solution=0.3819,
+        mistakes={
+            "that is the ramp over all 13 blocks, with the middle somewhere on the way.": 0.6191,
+            "the six in blocks alone. The middle block shall be decayed, too.": 0.3141,
+            "you counted seven factors. Seven blocks have fourteen.": 0.0979,
+            "that puts 1e-3 behind the middle. The exercise asks for the centre of the window.": 0.2998,
+            "that puts 1e-2 behind the middle. The exercise asks for the centre of the window.": 0.4763,
+        },
+        tolerance=2e-3,
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -1073,4 +1193,5 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_7,
     **CHAPTER_8,
     **CHAPTER_10,
+    **CHAPTER_11,
 }
