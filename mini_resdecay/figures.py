@@ -172,11 +172,13 @@ def curves(
     ylim: tuple[float, float] | None = None,
     band: bool = False,
     references: Mapping[str, float] | None = None,
+    window: tuple[float, float] | None = None,
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
     For panels side by side on the same axes give {title: {arm: [S, T]}}. `band=True` shades lowest
-    to highest seed instead of drawing each; `references` are labelled level lines; gaps are NaN.
+    to highest seed instead of drawing each; `references` are labelled level lines, `window` a
+    shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
@@ -186,6 +188,8 @@ def curves(
             _draw_arms(axis, _array("x", x, -1), lines, band)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
                 axis.axhline(level, color=GREY, linestyle=dash, linewidth=1.2, label=label)
+            if window:
+                axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
         axes[0, 0].set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
