@@ -998,15 +998,16 @@ def _table(arm: list[float], *controls: list[float]) -> tuple[Tensor, Tensor]:
 
 CHAPTER_9: dict[str, Exercise] = {
     "ex-09-1": Exercise(
-        solution=10**2.5,
+        solution=1e3,
         mistakes={
-            "that is the product. The gain of the last sub-layer is its inverse.": 10**-2.5,
-            "that is the inverse of the last factor alone. All factors before it count too.": 1 / 0.4387,
-            "that is the sub-layer before the last: its own factor belongs to the product as well.": 0.4387 * 10**2.5,
-            "that is the factor for SGD. Under AdamW it is the gain, not its square.": 1e5,
-            "that is for a product of 1e-3, the lower end of the window. Take its centre.": 1e3,
+            "that is the product. The gain of the last sub-layer is its inverse.": 1e-3,
+            "that is the inverse of the last factor alone. All factors before it count too.": 1 / 0.3593,
+            "that is the sub-layer before the last: its own factor belongs to the product as well.": 359.3,
+            "that is the factor for SGD. Under AdamW it is the gain, not its square.": 1e6,
+            "that is the centre of the window. Take its lower end.": 10**2.5,
+            "that is the upper end of the window, where the product is largest.": 100.0,
         },
-        tolerance=2e-2,
+        tolerance=1e-2,
     ),
     "ex-09-2": Exercise(
         solution=_alpha_min,
