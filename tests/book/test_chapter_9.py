@@ -10,7 +10,8 @@ from pages import ROOT
 from mini_resdecay import experiments, results
 
 CHAPTER = ROOT / "book/09-the-decayed-masked-autoencoder.ipynb"
-SMALL = "images=64 batch=32 epochs=1 measured=30 dim=12 decoder_dim=8 decoder_depth=1".split()
+SIZES = {"images": 64, "batch": 32, "epochs": 1, "measured": 30, "dim": 12, "decoder_dim": 8}
+SMALL = [f"{key}={value}" for key, value in SIZES.items()]
 
 
 @pytest.mark.parametrize("tier", ["cpu", "t4"])
