@@ -212,14 +212,14 @@ def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
 def bars(arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Names | None = None) -> None:
     """Bars from 0 of the mean over seeds, {arm: [S, K]}, with each seed as a point on its bar.
 
-    The K positions (nodes, blocks) are numbered from 0 unless `ticks` names them.
+    The K positions (nodes, blocks) are numbered from 0 unless `ticks` names them. NaN is no bar.
     """
     count, width = np.shape(next(iter(arms.values())))[-1], 0.8 / len(arms)
     with canvas(alt=alt, size=(min(6.4, 3 + 0.2 * count * len(arms)), 4.2)) as [[axis]]:
         for i, (arm, (colour, marker, _)) in enumerate(arm_styles(list(arms)).items()):
             seeds = np.ma.masked_invalid(_array(arm, arms[arm], -1, count))
             place = np.arange(count) + (i - (len(arms) - 1) / 2) * width
-            axis.bar(place, seeds.mean(axis=0), width, color=colour, alpha=0.45)
+            axis.bar(place, seeds.mean(axis=0).filled(math.nan), width, color=colour, alpha=0.45)
             axis.plot(place, seeds.T, marker, color=colour, ms=3.5, mec=BLACK, mew=0.3, label=arm)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(axis="x", visible=False)
