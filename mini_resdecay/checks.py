@@ -957,6 +957,145 @@ CHAPTER_8: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 9 -------------------------------------------------------------------------------
+
+
+def _alpha_min(depth: int, target: float, per_block: int = 2, first: int = 0) -> float:
+    n, low, high = per_block * depth, 0.0, 1.0
+    for _ in range(60):
+        a = (low + high) / 2
+        kept = math.prod(1 - (1 - a) * (k + first) / (n - 1 + first) for k in range(n))
+        low, high = (a, high) if kept < target else (low, a)
+    return low
+
+
+def _shown(
+    arm: Tensor,
+    controls: Tensor,
+    points: float = 0.01,
+    deviations: float = 2.0,
+    correction: int = 1,
+    seeds: bool = True,
+) -> bool:
+    gap = (arm - controls).mean(1)
+    pooled = ((arm.var(correction=correction) + controls.var(1, correction=correction)) / 2).sqrt()
+    enough = (gap >= points) & (gap >= deviations * pooled)
+    return bool((enough & ((arm > controls).all(1) | (not seeds))).all())
+
+
+def _some_control(arm: Tensor, controls: Tensor) -> bool:
+    return any(_shown(arm, one[None]) for one in controls)
+
+
+def _deviation_of_pairs(arm: Tensor, controls: Tensor) -> bool:
+    off = arm - controls
+    enough = (off.mean(1) >= 0.01) & (off.mean(1) >= 2 * off.std(1))
+    return bool((enough & (off > 0).all(1)).all())
+
+
+def _table(arm: list[float], *controls: list[float]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(arm).double(), torch.tensor(controls).double()
+
+
+CHAPTER_9: dict[str, Exercise] = {
+    "ex-09-1": Exercise(
+        solution=1e3,
+        mistakes={
+            "that is the product. The gain of the last sub-layer is its inverse.": 1e-3,
+            "that is the inverse of the last factor alone. All factors before it count too.": 1 / 0.3593,
+            "that is the sub-layer before the last: its own factor belongs to the product as well.": 359.3,
+            "that is the factor for SGD. Under AdamW it is the gain, not its square.": 1e6,
+            "that is the centre of the window. Take its lower end.": 10**2.5,
+            "that is the upper end of the window, where the product is largest.": 100.0,
+        },
+        tolerance=1e-2,
+    ),
+    "ex-09-2": Exercise(
+        solution=_alpha_min,
+        mistakes={
+            "you count blocks. A block has two sub-layers, and each has a factor.": lambda d, t: (
+                _alpha_min(d, t, per_block=1)
+            ),
+            "your first factor is below 1. The ramp of the code starts at exactly 1.": lambda d, t: (
+                _alpha_min(d, t, first=1)
+            ),
+            "that is the constant factor with this product. A ramp has to end lower.": lambda d, t: (
+                t ** (1 / (2 * d))
+            ),
+            "that is what the last shortcut loses. alpha_min is what it keeps.": lambda d, t: (
+                1 - _alpha_min(d, t)
+            ),
+            "that is for the square of the target.": lambda d, t: _alpha_min(d, t**2),
+        },
+        cases=((10, 10**-2.5), (5, 1e-2), (14, 1e-3)),
+        tolerance=1e-4,
+    ),
+    "ex-09-3": Exercise(
+        solution=_shown,
+        mistakes={
+            "one control is enough for you. The rule asks for all of them.": _some_control,
+            "you compare means. The arm has to be ahead in every single seed as well.": lambda arm, controls: (
+                _shown(arm, controls, seeds=False)
+            ),
+            "where is the 1 point? A tiny gap with tinier deviations is not enough.": lambda arm, controls: (
+                _shown(arm, controls, points=0.0)
+            ),
+            "one deviation is not two.": lambda arm, controls: (
+                _shown(arm, controls, deviations=1.0)
+            ),
+            "your deviation divides by n. Of three seeds it has to divide by n - 1.": lambda arm, controls: (
+                _shown(arm, controls, correction=0)
+            ),
+            "your pooled deviation is the root of the sum of variances. Take the root of their mean.": lambda arm, controls: (
+                _shown(arm, controls, deviations=8**0.5)
+            ),
+            "you use the deviation of the differences. The rule pools those of the two arms.": _deviation_of_pairs,
+        },
+        cases=(
+            _table([0.50, 0.51, 0.50], [0.40, 0.41, 0.40], [0.42, 0.41, 0.43]),
+            _table([0.50, 0.51, 0.50], [0.40, 0.41, 0.40], [0.52, 0.52, 0.53]),
+            _table([0.50, 0.50, 0.50, 0.50, 0.445], [0.45, 0.45, 0.45, 0.45, 0.45]),
+            _table([0.406, 0.4061, 0.4062], [0.400, 0.4001, 0.4002]),
+            _table([0.44, 0.45, 0.46], [0.425, 0.435, 0.445]),
+            _table([0.45, 0.44, 0.46], [0.41, 0.43, 0.42]),
+            _table([0.44, 0.45, 0.46], [0.422, 0.432, 0.442]),
+            _table([0.44, 0.45, 0.46], [0.415, 0.425, 0.435]),
+        ),
+    ),
+    "ex-09-4": Exercise(
+        solution=(2, -0.08887),
+        mistakes={
+            "right gap, but you count the blocks where decay is behind.": (4, -0.08887),
+            "right gap. Count again: in how many of the six is the mean over seeds above 0?": (1, -0.08887),
+            "you have the arms the wrong way round.": (4, 0.08887),
+            "that is the gap to the standard arm. Subtract skips-only.": (2, -0.0886),
+            "that is the gap between the best blocks. Take the last.": (2, -0.0268),
+        },
+        tolerance=2e-4,
+    ),
+    "ex-09-5": Exercise(
+        solution=("rate", "taps", "head"),
+        mistakes={
+            "a rate that is too high makes losses jump, and B alone jumps.": ("taps", "rate", "head"),
+            "C learns, so that its head does. What do all its predictions have in common?": ("rate", "head", "taps"),
+            "D does not learn at all. Taps at zero leave the mean image to be learned.": ("rate", "norms", "taps"),
+            "the eps of norms changes the loss in the third digit. That is none of these.": ("rate", "norms", "head"),
+        },
+    ),
+    "ex-09-6": Exercise(
+        solution=(1.0, 0.0, 0.3141, 0.3141),
+        mistakes={
+            "that is decay, the arm in question.": (0.3141, 0.0, 0.0, 0.0),
+            "that is decay in other words: rates and taps together are the shortcut.": (1.0, 0.3141, 0.3141, 0.3141),
+            "nearly: its norms differ from those of decay too. Give it the same eps.": (1.0, 0.0, 0.3141, 0.0),
+            "that tests the step sizes. The claim is about taps.": (1.0, 0.3141, 0.0, 0.3141),
+            "that has neither quieter taps nor higher rates: the fourth cell.": (1.0, 0.0, 0.0, 0.3141),
+            "decay has quieter taps already; scaled twice they are quieter still.": (0.3141, 0.0, 0.3141, 0.0),
+        },
+    ),
+}  # fmt: skip
+
+
 # ---- Chapter 10 ------------------------------------------------------------------------------
 
 
@@ -1192,6 +1331,7 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_6,
     **CHAPTER_7,
     **CHAPTER_8,
+    **CHAPTER_9,
     **CHAPTER_10,
     **CHAPTER_11,
 }

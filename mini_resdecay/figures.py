@@ -192,11 +192,13 @@ def curves(
     ylim: tuple[float, float] | None = None,
     band: bool = False,
     references: Mapping[str, float] | None = None,
+    window: tuple[float, float] | None = None,
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
     For panels side by side on the same axes give {title: {arm: [S, T]}}. `band=True` shades lowest
-    to highest seed instead of drawing each; `references` are labelled level lines; gaps are NaN.
+    to highest seed instead of drawing each; `references` are labelled level lines, `window` a
+    shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
@@ -206,6 +208,8 @@ def curves(
             _draw_arms(axis, _array("x", x, -1), lines, band)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
                 axis.axhline(level, color=GREY, linestyle=dash, linewidth=1.2, label=label)
+            if window:
+                axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
         axes[0, 0].set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
@@ -228,14 +232,14 @@ def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
 def bars(arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Names | None = None) -> None:
     """Bars from 0 of the mean over seeds, {arm: [S, K]}, with each seed as a point on its bar.
 
-    The K positions (nodes, blocks) are numbered from 0 unless `ticks` names them.
+    The K positions (nodes, blocks) are numbered from 0 unless `ticks` names them. NaN is no bar.
     """
     count, width = np.shape(next(iter(arms.values())))[-1], 0.8 / len(arms)
     with canvas(alt=alt, size=(min(6.4, 3 + 0.2 * count * len(arms)), 4.2)) as [[axis]]:
         for i, (arm, (colour, marker, _)) in enumerate(arm_styles(list(arms)).items()):
             seeds = np.ma.masked_invalid(_array(arm, arms[arm], -1, count))
             place = np.arange(count) + (i - (len(arms) - 1) / 2) * width
-            axis.bar(place, seeds.mean(axis=0), width, color=colour, alpha=0.45)
+            axis.bar(place, seeds.mean(axis=0).filled(math.nan), width, color=colour, alpha=0.45)
             axis.plot(place, seeds.T, marker, color=colour, ms=3.5, mec=BLACK, mew=0.3, label=arm)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(axis="x", visible=False)

@@ -190,6 +190,27 @@ def test_gaps_in_curves_leave_the_mean_of_the_rest(monkeypatch):
     assert len(fig.axes[0].lines) == 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_missing_bar_is_a_gap(monkeypatch):
+    seeds = np.array([[0.2, np.nan], [0.4, np.nan]])
+    fig = drawn(lambda: figures.bars({"a": seeds}, "node", "rho", alt=ALT), monkeypatch)
+    assert [patch.get_height() for patch in fig.axes[0].patches] == pytest.approx(
+        [0.3, np.nan], nan_ok=True
+    )
+
+
+def test_a_window_of_x_is_shaded_behind_curves(monkeypatch):
+    fig = drawn(
+        lambda: figures.curves(
+            np.arange(4), {"a": np.ones((1, 4))}, "step", "loss", alt=ALT, window=(1.0, 2.5)
+        ),
+        monkeypatch,
+    )
+    [shade] = fig.axes[0].patches
+    assert shade.get_x() == 1.0
+    assert shade.get_width() == 1.5
+
+
 def test_arms_keep_their_look_between_figures(monkeypatch):
     fig = drawn(lambda: DRAW["curves"](ALT), monkeypatch)
     for line in fig.axes[0].lines:
