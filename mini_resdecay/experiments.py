@@ -6,7 +6,6 @@ This file and the command line are the only ones that know models, data and meas
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import StackDataset, Subset
 from tqdm import tqdm
 
 from . import results, reuse
@@ -33,6 +33,7 @@ from .data import (
     flip,
     known,
     load,
+    require,
     sha256,
     shift,
     to_float,
@@ -79,14 +80,18 @@ LEVELS = (50, 100, 300, 600)  # of noise, at which a denoiser's features are rea
 PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 
 
-def _refuse_nothing(recipe: Any) -> None:
-    for name, value in asdict(recipe).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+class Recipe:
+    """What all recipes have in common: counts are at least 1, or 0 where that is the default."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is int:
+                least = min(1, getattr(type(self), name))
+                require(name, value, value >= least, f"be at least {least}")
 
 
 @dataclass(frozen=True)
-class SpiralRecipe:
+class SpiralRecipe(Recipe):
     """A residual net on the spiral: full batch, Adam; 400 points to train, 2000 to test."""
 
     depth: int = 32
@@ -98,12 +103,9 @@ class SpiralRecipe:
     arm: str = "plain"
     p: float = 0.2
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
 
 @dataclass(frozen=True)
-class ImageRecipe:
+class ImageRecipe(Recipe):
     """A classifier of images: AdamW, cosine schedule, shifts of 2 pixels (and flips).
 
     The residual CNN has `blocks` blocks of each width; a ViT has width `widths[0]`, depth
@@ -124,12 +126,9 @@ class ImageRecipe:
     arm: str = "plain"
     p: float = 0.2
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
 
 @dataclass(frozen=True)
-class MaskedRecipe:
+class MaskedRecipe(Recipe):
     """A masked autoencoder: AdamW (0.9, 0.95), cosine schedule, random crops and flips.
 
     In arch "paper" the encoder has no final norm.
@@ -165,12 +164,9 @@ class MaskedRecipe:
     taps_as: float = 0.0
     norms_as: float = 0.0
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
 
 @dataclass(frozen=True)
-class DiffusionRecipe:
+class DiffusionRecipe(Recipe):
     """A U-ViT that denoises images as they are: AdamW (0.9, 0.95), cosine rate, mean weights.
 
     `labelled`: the class is told, but for a tenth of the images. `rates_as`: of all sub-layers, as
@@ -205,12 +201,6 @@ class DiffusionRecipe:
     guided: int = 400
     measured: int = 4000
     rates_as: float = 0.0
-
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
-
-Recipe = SpiralRecipe | ImageRecipe | MaskedRecipe | DiffusionRecipe
 
 
 @dataclass(frozen=True)
@@ -582,8 +572,7 @@ def recipe_of(experiment: Experiment, tier: str, changes: Sequence[str] = ()) ->
     recipe = experiment.tiers[known("tier", tier, TIERS)]
     for change in changes:
         key, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"set must be key=value, got {change!r}")
+        require("set", repr(change), bool(equals), "be key=value")
         old = getattr(recipe, known("set", key, [field.name for field in fields(recipe)]))
         recipe = replace(recipe, **{key: _parse(key, text, old)})
     return recipe
@@ -602,9 +591,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     """The fields in which two recipes differ, with both values."""
-    left, right = asdict(a), asdict(b)
-    names = sorted({*left, *right})
-    return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
+    pairs = {n: (getattr(a, n, None), getattr(b, n, None)) for n in {**vars(a), **vars(b)}}
+    return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
 def queue(
@@ -615,10 +603,9 @@ def queue(
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
-    arms = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
-    runs = sorted(((a, s) for a in arms for s in a.seeds), key=lambda run: (run[0].turn, run[1]))
-    mine = runs[part - 1 :: parts]
-    return [(arm, seed) for arm, seed in mine if not _record(arm, seed, out).exists()]
+    runs = [(one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds]
+    runs.sort(key=lambda run: (run[0].turn, run[1]))
+    return [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
 
 
 def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:
@@ -642,8 +629,7 @@ def run(
     Raises ValueError for unknown names and values, and if `out` holds this run with another
     recipe.
     """
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    require("seed", seed, seed >= 0, "be at least 0")
     experiment = get(name)
     recipe = recipe_of(experiment, tier, changes)
     described = {"tier": tier, **_plain(asdict(recipe))}
@@ -652,8 +638,7 @@ def run(
         refuse_other_settings(path, described, _plain(asdict(type(recipe)())))
         if resume:
             return path
-    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:8]
-    work = Path(out) / "unfinished" / f"{name}-s{seed}-{digest}"
+    work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
     keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
         _run_spiral(recipe, seed)
@@ -707,7 +692,7 @@ def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
         "metrics": {"init": before, "trained": _diagnose_spiral(net, x, y, *test)},
         "curve": {"step": steps, "loss": [losses[step] for step in steps]},
         "seconds": seconds,
-        "fingerprint": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16],
+        "fingerprint": sha256(x.numpy().tobytes())[:16],
         "first_losses": first_losses(recipe, seed),
     }
 
@@ -768,7 +753,7 @@ def _run_images(
     looked_at = state.ema or state.net, recipe, seed, *sets
     before = diagnose(*looked_at)
     precision = state.accelerator.mixed_precision
-    key = hashlib.sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode()).hexdigest()
+    key = sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode())
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
     if look:
@@ -825,10 +810,13 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
     schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
     # Masks have a generator of their own, so that all arms see the same batches.
     state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
-    augment = partial(_augment, flips=recipe.flips)
-    batches = Batches(train, recipe.batch, draws * steps, seed, augment)
-    step = partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify)
-    return state, batches if draws == 1 else _Pairs(batches), step
+    batches: Any = Batches(
+        train, recipe.batch, draws * steps, seed,
+        lambda x, g: flip(shift(x, 2, g), g) if recipe.flips else shift(x, 2, g),
+    )  # fmt: skip
+    if draws == 2:
+        batches = StackDataset(*(Subset(batches, range(k, 2 * steps, 2)) for k in range(2)))
+    return state, batches, partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify)
 
 
 def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
@@ -841,8 +829,8 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
     batches = recipe.epochs * (len(train) // recipe.batch)
-    if batches < 2:
-        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
+    told = f"be at most half of the {len(train)} images a run sees"
+    require("batch", recipe.batch, batches >= 2, told)
     return batches
 
 
@@ -860,19 +848,6 @@ def _length(recipe: SpiralRecipe | ImageRecipe, iterations: int) -> tuple[int, i
     return iterations // 2, 1 if recipe.arm == "plain-half" else 2
 
 
-class _Pairs(Sequence[Any]):
-    """Batches two by two."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches) // 2
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.batches[2 * i], self.batches[2 * i + 1]
-
-
 def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, Any]:
     fresh = iter(batch if isinstance(batch[0], tuple) else [batch])
 
@@ -884,11 +859,6 @@ def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, A
     scaler = state.accelerator.scaler
     pair = step(state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=scaler)
     return {"loss": pair.stage1} | ({} if pair.stage2 is None else {"full_loss": pair.stage2})
-
-
-def _augment(images: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
-    images = shift(images, 2, generator)
-    return flip(images, generator) if flips else images
 
 
 def _classify(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -1243,10 +1213,9 @@ _HOW: dict[type, tuple[Any, Any, Any]] = {
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:
     """The first five losses of a run, in float32 on the CPU: what a test replays."""
     if isinstance(recipe, SpiralRecipe):
-        short = replace(recipe, steps=min(10, recipe.steps))
-        return _train_spiral(short, _spiral_net(recipe, seed), seed)[:5]
-    assert train is not None
-    if not isinstance(recipe, ImageRecipe):
+        recipe = replace(recipe, steps=min(10, recipe.steps))
+        return _train_spiral(recipe, _spiral_net(recipe, seed), seed)[:5]
+    if hasattr(recipe, "precision"):
         recipe = replace(recipe, precision="no")
     state, batches, step = _HOW[type(recipe)][0](recipe, seed, train, cpu=True)
     state.scheduler = None  # all at the rate of the first
