@@ -80,6 +80,7 @@ LEVELS = (50, 100, 300, 600)  # of noise, at which a denoiser's features are rea
 PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 
 
+@dataclass(frozen=True)
 class Recipe:
     """What all recipes have in common: counts are at least 1, or 0 where that is the default."""
 
@@ -230,31 +231,27 @@ class Experiment:
         return f"{self.study}-{self.arm}"
 
 
-def _spiral(arm: str, recipe: SpiralRecipe, expects: str) -> Experiment:
-    return Experiment(
-        "spiral", arm, dict.fromkeys(TIERS, recipe), "arXiv 2411.09475, figures 1 to 4",
-        expects, 0.2, 0.6, (0, 1, 2, 3, 4),
-    )  # fmt: skip
+def _spiral(
+    arm: str, expects: str, source: str = "arXiv 2411.09475, figures 1 to 4", /, **changes: Any
+) -> Experiment:
+    tiers = dict.fromkeys(TIERS, SpiralRecipe(**changes))
+    return Experiment("spiral", arm, tiers, source, expects, 0.2, 0.6, (0, 1, 2, 3, 4))
 
 
-def _spiral_arm(activation: str, arm: str) -> Experiment:
-    one = _spiral(
-        f"{activation}-{arm}",
-        SpiralRecipe(activation=activation, arm=arm),
-        "after dropping, a skipped block costs less; two-stage is within mixture's spread",
-    )
-    return replace(one, source="arXiv 2411.09475, figure 5 and algorithm 1")
+def _by_tier(t4: Recipe, cpu: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Recipe]:
+    """The recipe of the middle tier, and what the others change in it."""
+    return {"cpu": replace(t4, **cpu), "t4": t4, "full": replace(t4, **full)}
 
 
 def _reuse(data: str, flips: bool, minutes: float) -> Experiment:
-    t4 = ImageRecipe(data=data, flips=flips)
-    tiers = {
-        "cpu": replace(t4, images=1000, epochs=2, measured=500),
-        "t4": t4,
-        "full": replace(t4, images=50_000, epochs=50, widths=(32, 64, 128)),
-    }
     return Experiment(
-        "reuse", data, tiers, "arXiv 2411.09475, figure 3, on real images",
+        "reuse", data,
+        _by_tier(
+            ImageRecipe(data=data, flips=flips),
+            {"images": 1000, "epochs": 2, "measured": 500},
+            {"images": 50_000, "epochs": 50, "widths": (32, 64, 128)},
+        ),
+        "arXiv 2411.09475, figure 3, on real images",
         "rule fixed before the runs: training raises the rebound if the debiased CKA rebound is "
         "above the untrained net's in all three seeds; else it does not at this scale",
         minutes, 1.5, (0, 1, 2),
@@ -266,30 +263,38 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
 
     `few`: a tenth of the images, seen ten times as often, where plain nets overfit.
     """
-    t4 = ImageRecipe(
-        data=data, images=5000, epochs=15, lr=1e-3, weight_decay=0.0, flips=data == "cifar10",
-        measured=500, net=net, arm=arm, p=p,
-    )  # fmt: skip
+    small, wide = {"lr": 1e-3}, {"widths": (32, 64, 128)}
     if net == "vit":
-        t4 = replace(t4, lr=5e-4, widths=(64,), blocks=6)
-    if few:
-        t4 = replace(t4, images=500, epochs=195)
-    tiers = {
-        "cpu": replace(t4, images=512, epochs=1, measured=100),
-        "t4": t4,
-        "full": replace(
-            t4,
-            images=2 * t4.images,
-            measured=2000,
-            widths=t4.widths if net == "vit" else (32, 64, 128),
-        ),
-    }
-    name = f"{data}-{net}-{arm}" + ("" if p == 0.2 else f"-p{round(100 * p)}") + "-few" * few
+        small, wide = {"lr": 5e-4, "widths": (64,), "blocks": 6}, {}
+    t4 = ImageRecipe(
+        data=data, images=500 if few else 5000, epochs=195 if few else 15, weight_decay=0.0,
+        flips=data == "cifar10", measured=500, net=net, arm=arm, p=p, **small,
+    )  # fmt: skip
     return Experiment(
-        "droppath", name, tiers, "arXiv 2411.09475, its table (unread), on other images",
+        "droppath",
+        f"{data}-{net}-{arm}" + ("" if p == 0.2 else f"-p{round(100 * p)}") + "-few" * few,
+        _by_tier(
+            t4,
+            {"images": 512, "epochs": 1, "measured": 100},
+            {"images": 2 * t4.images, "measured": 2000, **wide},
+        ),
+        "arXiv 2411.09475, its table (unread), on other images",
         "rule fixed before the runs: two-stage helps where the 95 % interval of its accuracy minus "
         "plain-eq's is above 0; freezing matters where two-stage minus mixture excludes 0",
         4, 1.5, tuple(range(seeds)),
+    )  # fmt: skip
+
+
+def _judge_of(data: str) -> Experiment:
+    """The classifier by whose features all samples of the study `diffusion` are judged."""
+    t4 = ImageRecipe(
+        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
+    )
+    return Experiment(
+        "judge", data, _by_tier(t4, {"images": 1000, "epochs": 2}, {"epochs": 40}),
+        "a net as in arXiv 1603.05027, whose features stand in for Inception",
+        "no rule: it is trained once, before the study, and its kept bytes are the measure",
+        10, 1.5, (0,), keeps=True,
     )  # fmt: skip
 
 
@@ -302,11 +307,7 @@ _SIZES = {
     ),
 }  # fmt: skip
 WINDOW = "window"  # of an arm's `alpha_min`: where the product of its depth is 10^-2.5
-
-
-@cache
-def _window(depth: int) -> float:
-    return round(suggest_alpha_min(depth), 4)
+_window = cache(lambda depth: round(suggest_alpha_min(depth), 4))
 
 
 def _tiers(
@@ -333,28 +334,6 @@ def _tiers(
         )
         for (tier, size), length in zip(sizes.items(), epochs, strict=True)
     }
-
-
-def _masked(
-    study: str,
-    arm: str,
-    changes: Mapping[str, Any],
-    expects: str,
-    *,
-    epochs: tuple[int, int, int] = (2, 15, 200),
-    deeper: int = 1,
-    rate: float = 1.0,
-    minutes: float = 8,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    turn: int = 0,
-    keeps: bool = False,
-) -> Experiment:
-    """A masked autoencoder: what an arm changes, and how long, deep and fast it is in each tier."""
-    return Experiment(
-        study, arm, _tiers(_SIZES, epochs, changes, deeper, rate),
-        "arXiv 2404.10947, masked autoencoders, on other images",
-        expects, minutes, 3.5, seeds, turn, keeps,
-    )  # fmt: skip
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}
@@ -386,24 +365,16 @@ _RULED = ("standard", "skips-only", "decay")
 _TRIED = (*_RULED, "standard-xavier", "scaled-sum", "constant")
 _CELLS = ("rates", "taps", "rates-taps", "norms")
 _SWEEP = tuple(arm for arm in _ARMS if arm.startswith("alpha"))
-_TINY = {"data": "tiny-imagenet-100", "patch": 8}
 # Arms whose trial another rate won than the usual one, with its factor: by `knn_held` of seed 0,
 # tier t4. A new entry makes the queue longer: stop all parts of it before.
 TUNED: dict[str, float] = {}
 
-_SHOWN = (
-    "rule fixed before the runs: decay is shown to help if its kNN accuracy at the last block is "
-    "above that of standard-xavier, standard and skips-only, each at the rate of its trial, in all "
-    "seeds, by 1 point and 2 pooled deviations on average; else not at this scale. A gap at the "
-    "last block that the best block has not is one of place"
-)
-_TWO_BY_TWO = (
-    "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; if "
-    "rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, if taps "
-    "alone is, one of weaker skips; norms is the fourth cell"
-)
-# What else is asked of kNN accuracy at the last block, by arm or by group of arms.
+# What is asked of kNN accuracy at the last block, by arm or by group of arms; of others, "decay".
 _EXPECTS = {
+    "decay": "rule fixed before the runs: decay is shown to help if its kNN accuracy at the last "
+    "block is above that of standard-xavier, standard and skips-only, each at the rate of its "
+    "trial, in all seeds, by 1 point and 2 pooled deviations on average; else not at this scale. "
+    "A gap at the last block that the best block has not is one of place",
     "mae": "rule fixed before the runs: decay helps here if its kNN accuracy at the last block is "
     "above that of standard and of skips-only in all seeds, by 1 point and 2 pooled deviations "
     "on average; the best block is reported beside it",
@@ -411,7 +382,12 @@ _EXPECTS = {
     "knn_held is highest in seed 0; no test image has a say",
     "sweep": "rule fixed before the runs: the product is the knob if the best alpha_min has one in "
     "[1e-3, 1e-2); eps is at work where undamped differs by 2 pooled deviations",
-    **dict.fromkeys(_CELLS, _TWO_BY_TWO),
+    **dict.fromkeys(
+        _CELLS,
+        "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; "
+        "if rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, "
+        "if taps alone is, one of weaker skips; norms is the fourth cell",
+    ),
     "branch-scaled": "the shortcut matters, not the branch, unless within 2 deviations of decay",
     "constant": "the ramp matters, not its product alone, unless within 1 deviation of decay",
     "standard-decay": "decay needs long skips unless this is at least as good as standard",
@@ -419,23 +395,31 @@ _EXPECTS = {
 }
 
 
-def _decay(name: str, arm: str, turn: int, expects: str = "", **more: Any) -> Experiment:
-    """An arm of the study of chapter 9, under a name that says in what it is special."""
-    changes = _ARMS[arm] | more.pop("also", {})
-    told = _EXPECTS.get(expects or arm, _SHOWN)
-    return _masked("decay", name.format(arm), changes, told, turn=turn, **more)
+def _masked(
+    name: str,
+    arm: str,
+    turn: int,
+    expects: str = "",
+    *,
+    study: str = "decay",
+    also: Mapping[str, Any] | None = None,
+    epochs: tuple[int, int, int] = (2, 15, 200),
+    deeper: int = 1,
+    rate: float = 1.0,
+    minutes: float = 8,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    keeps: bool = False,
+) -> Experiment:
+    """A masked autoencoder of `_ARMS`, under a name that says in what it is special.
 
-
-def _judge_of(data: str) -> Experiment:
-    """The classifier by whose features all samples of the study `diffusion` are judged."""
-    t4 = ImageRecipe(
-        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
-    )
-    tiers = {"cpu": replace(t4, images=1000, epochs=2), "t4": t4, "full": replace(t4, epochs=40)}
+    `also`: what else it changes. How long, deep and fast it is in each tier.
+    """
     return Experiment(
-        "judge", data, tiers, "a net as in arXiv 1603.05027, whose features stand in for Inception",
-        "no rule: it is trained once, before the study, and its kept bytes are the measure",
-        10, 1.5, (0,), keeps=True,
+        study, name.format(arm),
+        _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, rate),
+        "arXiv 2404.10947, masked autoencoders, on other images",
+        _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
+        minutes, 3.5, seeds, turn, keeps,
     )  # fmt: skip
 
 
@@ -461,25 +445,22 @@ _GENERATORS: tuple[dict[str, dict[str, Any]], ...] = (
         "cifar10-decay": {"data": "cifar10", "alpha_min": WINDOW},
     },
 )
-_GENERATES = (
-    "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean weights "
-    "without guidance, to 10 000 test images, by the features of one fixed classifier. Decay "
-    "lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, 2, lies "
-    "below 0; anything else falsifies that at this scale, and above 0 decay harms. no-skips is "
-    "read so too. Step sizes explain decay if equal-steps minus plain excludes 0 on the same side "
-    "and decay minus equal-steps does not exclude 0"
-)
 
 
 def _diffusion(arm: str, changes: Mapping[str, Any], turn: int) -> Experiment:
     return Experiment(
         "diffusion", arm, _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes),
         "arXiv 2404.10947, U-ViT, on other images and smaller",
-        _GENERATES, 15, 2.5, (0, 1, 2), turn, keeps=True,
+        "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean "
+        "weights without guidance, to 10 000 test images, by the features of one fixed classifier. "
+        "Decay lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, "
+        "2, lies below 0; anything else falsifies that at this scale, and above 0 decay harms. "
+        "no-skips is read so too. Step sizes explain decay if equal-steps minus plain excludes 0 "
+        "on the same side and decay minus equal-steps does not exclude 0",
+        15, 2.5, (0, 1, 2), turn, keeps=True,
     )  # fmt: skip
 
 
-_RESIDUAL = SpiralRecipe()
 _DECIDING = ("plain-eq", "droppath", "two-stage", "mixture")
 _CONTROLS = ("plain", "plain-half", "no-freeze", "random-freeze")
 _NETS = ("cnn", "vit")
@@ -487,16 +468,25 @@ _NETS = ("cnn", "vit")
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        _spiral("relu", _RESIDUAL, "accuracy above 0.99; CKA rebound above the untrained net's"),
-        _spiral("tanh", replace(_RESIDUAL, activation="tanh"), "CKA rebound below untrained"),
-        _spiral("plain", replace(_RESIDUAL, residual=False), "does not learn: accuracy 0.5"),
+        _spiral("relu", "accuracy above 0.99; CKA rebound above the untrained net's"),
+        _spiral("tanh", "CKA rebound below untrained", activation="tanh"),
+        _spiral("plain", "does not learn: accuracy 0.5", residual=False),
         _spiral(
             "small",
-            replace(_RESIDUAL, depth=6, width=6, steps=2000, lr=1e-2),
             "no effect of training on the rebound",
+            depth=6,
+            width=6,
+            steps=2000,
+            lr=1e-2,
         ),
         *(
-            _spiral_arm(act, arm)
+            _spiral(
+                f"{act}-{arm}",
+                "after dropping, a skipped block costs less; two-stage is within mixture's spread",
+                "arXiv 2411.09475, figure 5 and algorithm 1",
+                activation=act,
+                arm=arm,
+            )
             for act in ("relu", "tanh")
             for arm in (*_DECIDING, *_CONTROLS[1:])
         ),
@@ -513,32 +503,33 @@ EXPERIMENTS: dict[str, Experiment] = {
             for a in ("two-stage", "mixture")
         ),
         *(
-            _masked(
-                "mae", a, _ARMS[a], _EXPECTS["mae"], epochs=(2, 30, 200), minutes=15, keeps=True
-            )
+            _masked("{}", a, 0, "mae", study="mae", epochs=(2, 30, 200), minutes=15, keeps=True)
             for a in _RULED
         ),
         # Turn 0 is what the rule and the 2 x 2 compare. Trials of rates come before all that is
         # longer and takes the rate that won, but not first: seed 0 of an arm is its own trial at
         # the usual rate, at which all arms are compared anyway. A rate that wins gets more seeds.
         *(
-            _decay("{}", a, 0, seeds=tuple(range(5 if a in _RULED else 3)))
+            _masked("{}", a, 0, seeds=tuple(range(5 if a in _RULED else 3)))
             for a in (*_TRIED, *_CELLS)
         ),
         *(
-            _decay(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
+            _masked(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
             for a in _TRIED
             for rate in (0.5, 2.0)
             for seeds in [(0, 1, 2) if TUNED.get(a) == rate else (0,)]
         ),
-        *(_decay("{}", a, 2) for a in _ARMS if a not in (*_TRIED, *_CELLS, *_SWEEP)),
-        *(_decay("{}", a, 3, "sweep") for a in _SWEEP),
-        *(_decay("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0}) for a in ("decay", *_SWEEP)),
-        *(_decay("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
-        *(_decay("tiny-{}", a, 4, also=_TINY) for a in _RULED),
+        *(_masked("{}", a, 2) for a in _ARMS if a not in (*_TRIED, *_CELLS, *_SWEEP)),
+        *(_masked("{}", a, 3, "sweep") for a in _SWEEP),
+        *(
+            _masked("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0})
+            for a in ("decay", *_SWEEP)
+        ),
+        *(_masked("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
+        *(_masked("tiny-{}", a, 4, also={"data": "tiny-imagenet-100", "patch": 8}) for a in _RULED),
         # The 2 x 2 explains decay, and so has its rate.
         *(
-            _decay(
+            _masked(
                 "long-{}",
                 a,
                 5,
@@ -816,7 +807,11 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
     )  # fmt: skip
     if draws == 2:
         batches = StackDataset(*(Subset(batches, range(k, 2 * steps, 2)) for k in range(2)))
-    return state, batches, partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify)
+    return (
+        state,
+        batches,
+        partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify),
+    )
 
 
 def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
