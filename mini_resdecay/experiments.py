@@ -6,11 +6,12 @@ This file and the command line are the only ones that know models, data and meas
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean
@@ -43,6 +44,7 @@ from .diffusion import Diffusion
 from .droppath import ARMS
 from .evaluate import (
     Probe,
+    fine_tuning_groups,
     frechet_distance,
     knn_accuracy,
     linear_probe,
@@ -72,7 +74,7 @@ from .train import (
     seed_everything,
 )
 from .uvit import UViT
-from .vit import Classifier, ViT
+from .vit import Classifier, ViT, export_plain
 
 TIERS = ("cpu", "t4", "full")
 MOST_KEPT = 5_000_000  # bytes of what is kept beside a record
@@ -138,6 +140,9 @@ class MaskedRecipe(Recipe):
     shortcuts only), the size of the taps, the eps of the norms (1: as in a plain net). 0 leaves
     them. All ramps are of one `kind`.
     `precision` "half": fp16 on GPUs without bf16, else bf16; the record's device says which.
+    `tuned_images`: of the train split, on which copies of the encoder are fine-tuned, before the
+    training (from scratch, that is) and after it; 0 leaves it out. Not a part of `repr`, since
+    no training differs by it.
     """
 
     data: str = "cifar10"
@@ -164,6 +169,7 @@ class MaskedRecipe(Recipe):
     rates_as: float = 0.0
     taps_as: float = 0.0
     norms_as: float = 0.0
+    tuned_images: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -536,6 +542,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 epochs=(12, 90, 800),
                 minutes=45,
                 keeps=a in _RULED,
+                also={"tuned_images": 1200 if a in _RULED else 0},
                 rate=TUNED.get(a if a in _TRIED else "decay", 1.0),
             )
             for a in (*_RULED, "scaled-sum", *_CELLS)
@@ -918,8 +925,12 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
     net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
     return _generative_training(
         recipe, seed, train, cpu, net, net.encoder, _reconstruct,
-        lambda x, g: flip(crop(x, generator=g), g),
+        _crop_and_flip,
     )  # fmt: skip
+
+
+def _crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    return flip(crop(images, generator=generator), generator)
 
 
 def _generative_training(
@@ -986,7 +997,7 @@ def _see_masked(
 
 
 def _diagnose_masked(
-    net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
+    net: MAE, recipe: MaskedRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """Features are means over patches after the stem and each block; standardised but for ranks."""
     bank, asked = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
@@ -1013,7 +1024,39 @@ def _diagnose_masked(
         "probe_block": 1 + int(best.source),
         "rank_entropy": [reuse.rank_entropy(seen[:2048]) for _, seen in layers],
         "rank_entropy_centred": [reuse.rank_entropy(s[:2048], centre=True) for _, s in layers],
+        **(_fine_tuned(net.encoder, recipe, seed, train, asked) if recipe.tuned_images else {}),
     }
+
+
+def _fine_tuned(
+    encoder: ViT, recipe: MaskedRecipe, seed: int, train: ImageSet, test: ImageSet
+) -> dict[str, float]:
+    """Accuracy of a copy of the encoder, and of its export if it decays, trained with a new head.
+
+    Ten epochs of few images, all arms of a seed alike. An encoder without a final norm gets one,
+    or the scale of its features would decide; the export has the same logits then, until it is
+    trained. What is measured after this, and what is drawn, is as without it.
+    """
+    few = train.subset(min(recipe.tuned_images, len(train)), seed)
+    size = min(128, len(few))
+    steps = 10 * (len(few) // size)
+    vit = copy.deepcopy(encoder)
+    if not isinstance(vit.norm, nn.LayerNorm):
+        vit.norm = nn.LayerNorm(recipe.dim, eps=vit.eps)
+    nets, found = {"fine_tuned": vit}, {}
+    if recipe.shortcut == "plain" and recipe.alpha_min < 1:
+        nets["fine_tuned_exported"] = export_plain(vit)
+    for name, body in nets.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = Classifier(body, len(few.classes))
+            optimizer = torch.optim.AdamW(fine_tuning_groups(net, lr=1e-3))
+            schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
+            state = make_state(net, optimizer, scheduler=schedule, precision=recipe.precision)
+            batches = Batches(few, size, steps, seed, _crop_and_flip)
+            fit(state, batches, loss_step(_classify))
+        found[name] = _share_right(_logits(net.eval(), to_float(test.images)), test.labels)
+    return found
 
 
 def _neighbours(layer: Sequence[Tensor], bank_labels: Tensor, labels: Tensor) -> float:
