@@ -88,9 +88,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is int:
-                least = min(1, getattr(type(self), name))
-                require(name, value, value >= least, f"be at least {least}")
+            if type(value) is int and value < (least := min(1, getattr(type(self), name))):
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -269,12 +268,10 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
 
     `few`: a tenth of the images, seen ten times as often, where plain nets overfit.
     """
-    small, wide = {"lr": 1e-3}, {"widths": (32, 64, 128)}
-    if net == "vit":
-        small, wide = {"lr": 5e-4, "widths": (64,), "blocks": 6}, {}
+    of_vit: dict[str, Any] = {"lr": 5e-4, "widths": (64,), "blocks": 6} if net == "vit" else {}
     t4 = ImageRecipe(
         data=data, images=500 if few else 5000, epochs=195 if few else 15, weight_decay=0.0,
-        flips=data == "cifar10", measured=500, net=net, arm=arm, p=p, **small,
+        flips=data == "cifar10", measured=500, net=net, arm=arm, p=p, **({"lr": 1e-3} | of_vit),
     )  # fmt: skip
     return Experiment(
         "droppath",
@@ -282,7 +279,11 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
         _by_tier(
             t4,
             {"images": 512, "epochs": 1, "measured": 100},
-            {"images": 2 * t4.images, "measured": 2000, **wide},
+            {
+                "images": 2 * t4.images,
+                "measured": 2000,
+                "widths": t4.widths if of_vit else (32, 64, 128),
+            },
         ),
         "arXiv 2411.09475, its table (unread), on other images",
         "rule fixed before the runs: two-stage helps where the 95 % interval of its accuracy minus "
@@ -633,7 +634,11 @@ def run(
     described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
     if path.exists():
-        refuse_other_settings(path, described, _plain(asdict(type(recipe)())))
+        # A field that came later than the record had its default then.
+        old = _plain(asdict(type(recipe)())) | results.read(path).recipe
+        if changed := {k: (old[k], described.get(k)) for k in old if old[k] != described.get(k)}:
+            told = f"{path} has {changed}, recorded and asked for"
+            raise ValueError(f"out must not hold this run with other settings: {told}")
         if resume:
             return path
     work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
@@ -644,15 +649,9 @@ def run(
         else _run_images(recipe, seed, data, work, resume, keep)
     )
     where = results.environment(gpu=not isinstance(recipe, SpiralRecipe))
-    if (precision := outcome.pop("precision", "no")) != "no":
-        where["device"] += f", {precision}"
+    where["device"] += outcome.pop("precision", "")
     record = results.Run(
-        study=experiment.study,
-        arm=experiment.arm,
-        seed=seed,
-        recipe=described,
-        **outcome,
-        **where,
+        experiment.study, experiment.arm, seed, recipe=described, **outcome, **where
     )
     if PartialState().is_main_process:
         results.write(record, out)
@@ -660,25 +659,11 @@ def run(
     return path
 
 
-def refuse_other_settings(
-    path: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """Raise ValueError if the run recorded at `path` had another recipe: it would be lost.
-
-    A field that came later than the record had its default then.
-    """
-    old = {**defaults, **results.read(path).recipe}
-    if changed := {k: (old[k], recipe.get(k)) for k in old if old[k] != recipe.get(k)}:
-        told = f"{path} has {changed}, recorded and asked for"
-        raise ValueError(f"out must not hold this run with other settings: {told}")
-
-
 # ---- the spiral ------------------------------------------------------------------------------
 
 
 def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
-    x, y = spiral()
-    test = spiral(n=2000, seed=12345)
+    (x, y), test = spiral(), spiral(n=2000, seed=12345)
     net = _spiral_net(recipe, seed)
     before = _diagnose_spiral(net, x, y, *test)
     start = time.perf_counter()
@@ -744,25 +729,22 @@ def _run_images(
     resume: bool,
     keep: Path | None,
 ) -> dict[str, Any]:
-    prepare, diagnose, look = _HOW[type(recipe)]
+    prepare, diagnose, look, finish = _HOW[type(recipe)]
     train, test = (load(recipe.data, split, data) for split in ("train", "test"))
-    sets = train.subset(min(recipe.images, len(train)), 0), test
-    state, batches, step = prepare(recipe, seed, sets[0])
-    looked_at = state.ema or state.net, recipe, seed, *sets
+    train = train.subset(min(recipe.images, len(train)), 0)
+    state, batches, step = prepare(recipe, seed, train)
+    looked_at = state.ema or state.net, recipe, seed, train, test
     before = diagnose(*looked_at)
     precision = state.accelerator.mixed_precision
-    key = sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode())
+    key = sha256(repr((recipe, precision, seed, train.fingerprint)).encode())
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
     if look:
         step = _watched(step, len(batches), lambda: look(*looked_at))
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
-    metrics = {"init": before, "trained": diagnose(*looked_at)}
-    net = state.net.encoder if isinstance(state.net, MAE) else state.net
-    kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
-    if isinstance(recipe, DiffusionRecipe):
-        judged, kept = _judged(looked_at[0], recipe, seed, *sets)
-        metrics["trained"] |= judged
+    after = diagnose(*looked_at)
+    more, kept = finish(*looked_at)
+    metrics = {"init": before, "trained": after | more}
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
     if seen:
         metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
@@ -772,14 +754,20 @@ def _run_images(
             write_whole(keep, content)
             metrics["encoder"] = {"sha256": sha256(content)}
     return {
-        "data": {"name": recipe.data, "train": len(sets[0]), "test": len(test)},
-        "precision": precision,
+        "data": {"name": recipe.data, "train": len(train), "test": len(test)},
+        "precision": "" if precision == "no" else f", {precision}",
         "metrics": metrics,
         "curve": {k: [line[k] for line in logged] for k in ("step", "loss")},
         "seconds": round(state.seconds, 1),
-        "fingerprint": sets[0].fingerprint,
-        "first_losses": first_losses(recipe, seed, sets[0]),
+        "fingerprint": train.fingerprint,
+        "first_losses": first_losses(recipe, seed, train),
     }
+
+
+def _weights(net: Any, *_: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Nothing more to measure; what is kept."""
+    net = net.encoder if isinstance(net, MAE) else net
+    return {}, net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
 
 
 def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step:
@@ -805,9 +793,11 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
     steps, draws = _length(recipe, _batches_seen(recipe, train))
-    schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
     # Masks have a generator of their own, so that all arms see the same batches.
-    state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
+    state = make_state(
+        model, optimizer, scheduler=cosine_schedule(optimizer, steps, round(0.08 * steps)),
+        seed=10_000 + seed, cpu=cpu,
+    )  # fmt: skip
     batches: Any = Batches(
         train, recipe.batch, draws * steps, seed,
         lambda x, g: flip(shift(x, 2, g), g) if recipe.flips else shift(x, 2, g),
@@ -825,8 +815,10 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
     _, channels, side, _ = train.images.shape
     if known("net", recipe.net, ("cnn", "vit")) == "cnn":
         return ResidualCNN(channels, len(train.classes), recipe.widths, recipe.blocks)
-    vit = ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels)
-    return Classifier(vit, len(train.classes))
+    return Classifier(
+        ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels),
+        len(train.classes),
+    )
 
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
@@ -858,8 +850,9 @@ def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, A
             return _classify(state, next(fresh))
 
     step, optimizer = ARMS[recipe.arm][0], state.optimizer.optimizer  # type: ignore[attr-defined]
-    scaler = state.accelerator.scaler
-    pair = step(state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=scaler)
+    pair = step(
+        state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=state.accelerator.scaler
+    )
     return {"loss": pair.stage1} | ({} if pair.stage2 is None else {"full_loss": pair.stage2})
 
 
@@ -875,8 +868,9 @@ def _diagnose_images(
     fitted, probed = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
     x, y = to_float(probed.images), probed.labels
     body = net.vit if isinstance(net, Classifier) else net
-    read = partial(reuse.layer_features, body, pool="mean")
-    features, bank = read(x), read(to_float(fitted.images))
+    features, bank = (
+        reuse.layer_features(body, to_float(part.images), pool="mean") for part in (probed, fitted)
+    )
     return {
         **_quality(_logits(net, to_float(test.images)), test.labels),
         "probe": reuse.probe_layers(bank, fitted.labels, features, y),
@@ -886,8 +880,7 @@ def _diagnose_images(
 
 @torch.no_grad()
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
-    device = device_of(net)
-    return torch.cat([net(part.to(device)).cpu() for part in x.split(100)])
+    return torch.cat([net(part.to(device_of(net))).cpu() for part in x.split(100)])
 
 
 def _share_right(logits: Tensor, y: Tensor) -> float:
@@ -912,9 +905,8 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
     seed_everything(seed)
-    _, channels, side, _ = train.images.shape
     net = MAE(
-        encoder_of(recipe, side, channels),
+        encoder_of(recipe, *train.images.shape[2:0:-1]),  # side, channels
         recipe.decoder_dim,
         recipe.decoder_depth,
         recipe.decoder_heads,
@@ -952,10 +944,10 @@ def _generative_training(
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps = _batches_seen(recipe, train)
-    schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
     state = make_state(
-        net, optimizer, scheduler=schedule, ema_decay=getattr(recipe, "ema", 0.0),
-        seed=10_000 + seed, precision=recipe.precision, cpu=cpu,
+        net, optimizer, scheduler=cosine_schedule(optimizer, steps, round(0.05 * steps)),
+        ema_decay=getattr(recipe, "ema", 0.0), seed=10_000 + seed, precision=recipe.precision,
+        cpu=cpu,
     )  # fmt: skip
     return state, Batches(train, recipe.batch, steps, seed, augment), loss_step(loss)
 
@@ -1043,18 +1035,16 @@ def _fine_tuned(
     vit = copy.deepcopy(encoder)
     if not isinstance(vit.norm, nn.LayerNorm):
         vit.norm = nn.LayerNorm(recipe.dim, eps=vit.eps)
-    nets, found = {"fine_tuned": vit}, {}
-    if recipe.shortcut == "plain" and recipe.alpha_min < 1:
-        nets["fine_tuned_exported"] = export_plain(vit)
-    for name, body in nets.items():
+    decays, found = recipe.shortcut == "plain" and recipe.alpha_min < 1, {}
+    exported = {"fine_tuned_exported": export_plain(vit)} if decays else {}
+    for name, body in ({"fine_tuned": vit} | exported).items():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net = Classifier(body, len(few.classes))
             optimizer = torch.optim.AdamW(fine_tuning_groups(net, lr=1e-3))
-            schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
+            schedule = cosine_schedule(optimizer, steps, round(0.05 * steps))
             state = make_state(net, optimizer, scheduler=schedule, precision=recipe.precision)
-            batches = Batches(few, size, steps, seed, _crop_and_flip)
-            fit(state, batches, loss_step(_classify))
+            fit(state, Batches(few, size, steps, seed, _crop_and_flip), loss_step(_classify))
         found[name] = _share_right(_logits(net.eval(), to_float(test.images)), test.labels)
     return found
 
@@ -1141,9 +1131,10 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             f"samples of {recipe.data} need their judge, made once by: python -m mini_resdecay run "
             f"judge-{recipe.data} --tier t4 --out book/results ({error})"
         ) from error
-    own = {name: value for name, value in run.recipe.items() if name != "tier"}
     with torch.device("meta"):  # draws no numbers
-        judge = _image_net(ImageRecipe(**own), test)
+        judge = _image_net(
+            ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
+        )
     judge.load_state_dict(weights, assign=True)
     real = test.subset(min(5 * recipe.samples, len(test)), 1)
     return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
@@ -1240,11 +1231,11 @@ def _judged(
 
 
 # How a recipe becomes a training (state, batches, step), what is measured of the net before and
-# after it, and what on the way.
-_HOW: dict[type, tuple[Any, Any, Any]] = {
-    ImageRecipe: (_image_training, _diagnose_images, None),
-    MaskedRecipe: (_masked_training, _diagnose_masked, _see_masked),
-    DiffusionRecipe: (_diffusion_training, _diagnose_denoiser, _see_denoiser),
+# after it, what on the way, and what is measured and kept at the end alone.
+_HOW: dict[type, tuple[Any, Any, Any, Any]] = {
+    ImageRecipe: (_image_training, _diagnose_images, None, _weights),
+    MaskedRecipe: (_masked_training, _diagnose_masked, _see_masked, _weights),
+    DiffusionRecipe: (_diffusion_training, _diagnose_denoiser, _see_denoiser, _judged),
 }
 
 
@@ -1253,9 +1244,8 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
     if isinstance(recipe, SpiralRecipe):
         recipe = replace(recipe, steps=min(10, recipe.steps))
         return _train_spiral(recipe, _spiral_net(recipe, seed), seed)[:5]
-    if hasattr(recipe, "precision"):
-        recipe = replace(recipe, precision="no")
-    state, batches, step = _HOW[type(recipe)][0](recipe, seed, train, cpu=True)
+    exact = {"precision": "no"} if hasattr(recipe, "precision") else {}
+    state, batches, step = _HOW[type(recipe)][0](replace(recipe, **exact), seed, train, cpu=True)
     state.scheduler = None  # all at the rate of the first
     fit(state, batches, step, until=5, every=1, quiet=True)
     return [line["loss"] for line in state.history]
