@@ -1041,7 +1041,7 @@ def _fine_tuned(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net = Classifier(body, len(few.classes))
-            optimizer = torch.optim.AdamW(fine_tuning_groups(net, lr=1e-3))
+            optimizer = torch.optim.AdamW(fine_tuning_groups(net, lr=3e-3))
             schedule = cosine_schedule(optimizer, steps, round(0.05 * steps))
             state = make_state(net, optimizer, scheduler=schedule, precision=recipe.precision)
             fit(state, Batches(few, size, steps, seed, _crop_and_flip), loss_step(_classify))

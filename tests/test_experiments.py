@@ -491,7 +491,7 @@ def test_fine_tuning_keeps_the_factors_and_falling_rates(monkeypatch):
     for state, alpha in zip(states, (0.2, 1.0), strict=True):
         assert getattr(state.net.vit.blocks[-1].rule, "alpha", 1.0) == pytest.approx(alpha)
         rates = {group["initial_lr"] for group in state.optimizer.param_groups}
-        assert sorted(rates) == pytest.approx([1e-3 * 0.65**k for k in (3, 2, 1, 0)])
+        assert sorted(rates) == pytest.approx([3e-3 * 0.65**k for k in (3, 2, 1, 0)])
 
 
 @pytest.mark.parametrize("arm", ["decay", "identity-drop"])
