@@ -731,7 +731,7 @@ def _run_images(
 ) -> dict[str, Any]:
     prepare, diagnose, look, finish = _HOW[type(recipe)]
     train, test = (load(recipe.data, split, data) for split in ("train", "test"))
-    train = train.subset(min(recipe.images, len(train)), 0)
+    train = _few(train, recipe.images, 0)
     state, batches, step = prepare(recipe, seed, train)
     looked_at = state.ema or state.net, recipe, seed, train, test
     before = diagnose(*looked_at)
@@ -742,9 +742,8 @@ def _run_images(
     if look:
         step = _watched(step, len(batches), lambda: look(*looked_at))
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
-    after = diagnose(*looked_at)
     more, kept = finish(*looked_at)
-    metrics = {"init": before, "trained": after | more}
+    metrics = {"init": before, "trained": diagnose(*looked_at) | more}
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
     if seen:
         metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
@@ -762,6 +761,10 @@ def _run_images(
         "fingerprint": train.fingerprint,
         "first_losses": first_losses(recipe, seed, train),
     }
+
+
+def _few(images: ImageSet, most: int, seed: int = 1) -> ImageSet:
+    return images.subset(min(most, len(images)), seed)
 
 
 def _weights(net: Any, *_: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -812,19 +815,18 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
 
 
 def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
-    _, channels, side, _ = train.images.shape
+    (_, channels, side, _), classes = train.images.shape, len(train.classes)
     if known("net", recipe.net, ("cnn", "vit")) == "cnn":
-        return ResidualCNN(channels, len(train.classes), recipe.widths, recipe.blocks)
-    return Classifier(
-        ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels),
-        len(train.classes),
-    )
+        return ResidualCNN(channels, classes, recipe.widths, recipe.blocks)
+    return Classifier(ViT(side, 4, recipe.widths[0], recipe.blocks, 4, channels), classes)
 
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
     batches = recipe.epochs * (len(train) // recipe.batch)
-    told = f"be at most half of the {len(train)} images a run sees"
-    require("batch", recipe.batch, batches >= 2, told)
+    require(
+        "batch", recipe.batch, batches >= 2,
+        f"be at most half of the {len(train)} images a run sees",
+    )  # fmt: skip
     return batches
 
 
@@ -865,11 +867,11 @@ def _diagnose_images(
     net: nn.Module, recipe: ImageRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     net.eval()
-    fitted, probed = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
+    fitted, probed = (_few(part, recipe.measured) for part in (train, test))
     x, y = to_float(probed.images), probed.labels
-    body = net.vit if isinstance(net, Classifier) else net
     features, bank = (
-        reuse.layer_features(body, to_float(part.images), pool="mean") for part in (probed, fitted)
+        reuse.layer_features(getattr(net, "vit", net), to_float(part.images), pool="mean")
+        for part in (probed, fitted)
     )
     return {
         **_quality(_logits(net, to_float(test.images)), test.labels),
@@ -976,7 +978,7 @@ def _see_masked(
     net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, float]:
     """Of few images, of the train split alone."""
-    few = train.subset(min(2400, len(train)), 1)
+    few = _few(train, 2400)
     cut = 2 * len(few) // 3
     labels = few.labels[:cut], few.labels[cut:]
     read = reuse.layer_features(net.encoder, to_float(few.images), pool="patches")
@@ -992,7 +994,7 @@ def _diagnose_masked(
     net: MAE, recipe: MaskedRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """Features are means over patches after the stem and each block; standardised but for ranks."""
-    bank, asked = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
+    bank, asked = (_few(part, recipe.measured) for part in (train, test))
     labels = bank.labels, asked.labels
     pixels = [to_float(part.images).flatten(1) for part in (bank, asked)]
     read = partial(reuse.layer_features, net.encoder, pool="patches")
@@ -1029,7 +1031,7 @@ def _fine_tuned(
     or the scale of its features would decide; the export has the same logits then, until it is
     trained. What is measured after this, and what is drawn, is as without it.
     """
-    few = train.subset(min(recipe.tuned_images, len(train)), seed)
+    few = _few(train, recipe.tuned_images, seed)
     size = min(128, len(few))
     steps = 10 * (len(few) // size)
     vit = copy.deepcopy(encoder)
@@ -1136,7 +1138,7 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
         )
     judge.load_state_dict(weights, assign=True)
-    real = test.subset(min(5 * recipe.samples, len(test)), 1)
+    real = _few(test, 5 * recipe.samples)
     return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
 
 
@@ -1153,7 +1155,7 @@ def _see_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, float]:
     """Loss on test images with fixed noise, and FD of a tenth of the samples."""
-    held = test.subset(min(1000, len(test)), 1)
+    held = _few(test, 1000)
     x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
     loss = _process(recipe).loss(
         net, x, labels if recipe.labelled else None, drop_label=0.0,
@@ -1168,8 +1170,7 @@ def _diagnose_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """By noise level: features as in `_diagnose_masked`, of noisy images without their class."""
-    bank = train.subset(min(recipe.measured, len(train)), 1)
-    asked = test.subset(min(recipe.measured // 2, len(test)), 1)
+    bank, asked = _few(train, recipe.measured), _few(test, recipe.measured // 2)
     labels, fixed = (bank.labels, asked.labels), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"knn": {}, "probe": {}, "rank_entropy": {}}
     for t in map(str, LEVELS):
