@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mini_resdecay", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("list", help="all experiments").set_defaults(command=_list)
+    commands.add_parser("list", help="all experiments and studies").set_defaults(command=_list)
     show = commands.add_parser("show", help="one experiment: source, expectation, cost, recipes")
     show.add_argument("name")
     show.set_defaults(command=_show)
@@ -66,6 +66,10 @@ def _list(options: argparse.Namespace) -> None:
     for name, experiment in EXPERIMENTS.items():
         cost = f"{len(experiment.seeds)} seeds of {experiment.minutes:4g} min"
         print(f"{name:42} {cost}  {experiment.source}")
+    for study in dict.fromkeys(experiment.study for experiment in EXPERIMENTS.values()):
+        mine = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
+        hours = sum(len(one.seeds) * one.minutes for one in mine) / 60
+        print(f"{study + '-study':42} {len(mine)} arms, {hours:.1f} hours")
 
 
 def _show(options: argparse.Namespace) -> None:

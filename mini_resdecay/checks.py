@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -956,6 +957,232 @@ CHAPTER_8: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 10 ------------------------------------------------------------------------------
+
+
+def _from_velocity(
+    x_t: Tensor, v: Tensor, bar: float, of_x: float = 0.5, of_v: float = 0.5, sign: float = -1.0
+) -> Tensor:
+    return bar**of_x * x_t + sign * (1 - bar) ** of_v * v
+
+
+def _as_if_noise(x_t: Tensor, v: Tensor, bar: float) -> Tensor:
+    return _from_velocity(x_t, v, bar, of_x=0.0) / bar**0.5
+
+
+def _follow(bars: Tensor, times: Sequence[int], var: float, before: Sequence[int]) -> Tensor:
+    """One number through DDIM; `before` are the times that steps lead to, -2 for a clean image."""
+    x = torch.ones((), dtype=torch.float64)
+    for t, s in zip(times[::-1], before[::-1], strict=True):
+        now, after = bars[t], torch.ones(()) if s == -2 else bars[s]
+        eps = (1 - now).sqrt() * x / (now * var + 1 - now)
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    return x
+
+
+def _chain_case(step: int, last: float, var: float) -> tuple[Tensor, list[int], float]:
+    betas = torch.linspace(1e-4, last, 100, dtype=torch.float64)
+    return (1 - betas).cumprod(0), list(range(0, 100, step)), var
+
+
+CHAPTER_10: dict[str, Exercise] = {
+    "ex-10-1": Exercise(
+        solution=(0.73, 1.0, 1.0),
+        mistakes={
+            "you left the factors unsquared. A factor sqrt(a) on x is a factor a on its variance.": (0.95, 1.0, 1.0),
+            "signal and noise have changed places: a belongs to the image.": (0.52, 1.0, 1.0),
+            "that is the noise alone. The image is still there.": (0.64, 1.0, 1.0),
+            "that is the deviation. Its square was asked for.": (0.73**0.5, 1.0, 1.0),
+            "the last state is noise of variance 1, whatever the images were.": (0.73, 0.25, 1.0),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-10-2": Exercise(
+        solution=_from_velocity,
+        mistakes={
+            "a sign: v holds minus the image, so that v is taken off.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, bar, sign=1.0)
+            ),
+            "that is the noise. Turn the other way: the image has the factor sqrt(bar) in x_t.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, 1 - bar, sign=1.0)
+            ),
+            "your two factors have changed places.": lambda x_t, v, bar: _from_velocity(x_t, v, 1 - bar),
+            "the factors are roots. Their squares sum to 1.": lambda x_t, v, bar: (
+                _from_velocity(x_t, v, bar, of_x=1.0, of_v=1.0)
+            ),
+            "you treat v as if it were the noise.": _as_if_noise,
+        },
+        cases=(
+            (torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.3, 1.0, -2.0]), 0.36),
+            (torch.tensor([[0.2], [0.7]]), torch.tensor([[-1.0], [0.4]]), 0.9),
+        ),
+    ),
+    "ex-10-3": Exercise(
+        solution=lambda bars, times, var: _follow(bars, times, var, [-2, *times[:-1]]),
+        mistakes={
+            "each step still leads to the time *one* below, as if no time were left out. Which time is visited next?": lambda bars, times, var: (
+                _follow(bars, times, var, [t - 1 for t in times])
+            ),
+            "right in between, but look at the last step: in Python the entry -1 is the last one, and that is pure noise.": lambda bars, times, var: (
+                _follow(bars, times, var, [times[-1], *times[:-1]])
+            ),
+            "the end is right: 1 is what belongs to a clean image. The other steps still go down by one time only.": lambda bars, times, var: (
+                _follow(bars, times, var, [-2, *(t - 1 for t in times[1:])])
+            ),
+            "you stop at time 0, where a little noise is left. One more step leads to the image.": lambda bars, times, var: (
+                _follow(bars, times[1:], var, times[:-1])
+            ),
+            "the last step wraps around to the end of the table, which is pure noise.": lambda bars, times, var: (
+                _follow(bars, times, var, [-1, *times[:-1]])
+            ),
+        },
+        cases=(_chain_case(20, 0.2, 0.25), _chain_case(10, 0.3, 2.0)),
+        tolerance=1e-6,
+    ),
+    "ex-10-4": Exercise(
+        solution=(56, 30),
+        mistakes={
+            "you have the two schedules the wrong way round.": (30, 56),
+            "that is for 1 %. Five were asked for.": (291, 155),
+            "those are the steps of DDPM. DDIM needs fewer.": (133, 68),
+            "one step too few: both are still just outside.": (55, 29),
+        },
+        tolerance=1e-6,
+    ),
+    "ex-10-5": Exercise(
+        solution=(366, 545, 336, 267),
+        mistakes={
+            "the mean of 16 pixels has a 16th of the noise's variance: ln SNR shifts by ln 16, not by ln 4.": (366, 545, 372, 431),
+            "wrong way: the enlarged digit can be told under *more* noise.": (366, 545, 200, 385),
+            "the second pair repeats the first. Sixteen noisy copies of a pixel tell more than one.": (366, 545, 366, 545),
+            "you shifted by 16. The ratio is a logarithm.": (366, 545, 0, 0),
+            "right numbers; the linear schedule comes first.": (545, 366, 267, 336),
+        },
+        tolerance=4e-3,
+    ),
+}  # fmt: skip
+
+
+# ---- Chapter 11 ------------------------------------------------------------------------------
+
+
+def _line(n: int, alpha_min: float, last: int | None = None) -> list[float]:
+    return [1 - (1 - alpha_min) * k / (last or n - 1) for k in range(n)]
+
+
+def _u_ramp(depth: int, alpha_min: float) -> list[float]:
+    return _line(2 * (depth + 1), alpha_min)
+
+
+def _ramp_that_restarts(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)
+
+
+def _ramp_that_climbs_back(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)[::-1]
+
+
+def _ramp_that_waits(depth: int, alpha_min: float) -> list[float]:
+    return _line(depth + 2, alpha_min) + [alpha_min] * depth
+
+
+def _ramp_by_block(depth: int, alpha_min: float) -> list[float]:
+    return [alpha for alpha in _line(depth + 1, alpha_min) for _ in range(2)]
+
+
+def _fold_join(
+    weight: Tensor,
+    bias: Tensor,
+    alphas: Sequence[float],
+    k: int,
+    parts: tuple[int, int, int] = (0, 1, 1),
+    block: int = 0,
+    tap: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`parts`: powers of tap / stream on the two halves of weight, of 1 / stream on the bias."""
+    half, skips = len(weight), len(alphas) // 4
+    stream = math.prod(alphas[: 2 * (skips + 1 + k + block)])
+    kept = math.prod(alphas[: 2 * (skips - k) if tap is None else 2 * tap]) / stream
+    scale = torch.tensor([kept ** parts[0]] * half + [kept ** parts[1]] * half)
+    return weight * scale, bias / stream ** parts[2]
+
+
+def _join_case(seed: int, skips: int, k: int) -> tuple[Tensor, Tensor, list[float], int]:
+    weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
+    return weight[:, 1:], weight[:, 0], _u_ramp(2 * skips, 0.6), k
+
+
+CHAPTER_11: dict[str, Exercise] = {
+    "ex-11-1": Exercise(
+        solution=(0.1512, 0.27, 0.504),
+        mistakes={
+            "you have one factor a block. Attention and MLP have one each: six in all.": (0.375, 0.5, 0.75),
+            "0.9 is what is put down as the tap. The block that takes it up has two factors of its own.": (0.1512, 0.9, 0.504),
+            "the tap is put down behind the first block, so that both factors of that block have acted on it.": (0.1512, 0.3, 0.504),
+            "your last number is what comes to the middle. What is left behind it?": (0.1512, 0.27, 0.9),
+            "trunk and tap are two routes. The second number asks for the tap alone.": (0.1512, 0.4212, 0.504),
+            "your first factor is 11/12. The ramp of the published code starts at 1.": (0.1114, 0.2228, 0.3819),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-11-2": Exercise(
+        solution=(26, 0.6191),
+        mistakes={
+            "those are twelve blocks. The one in the middle has a number to itself.": (24, 0.5927),
+            "you gave each block one factor. How many shortcuts are in a block?": (13, 0.3495),
+            "the ramp has 26 factors, and your alpha_min is that of a ramp with 24.": (26, 0.5927),
+            "that puts the product at 1e-3, the lower end of the window.": (26, 0.5566),
+            "that puts the product at 1e-2, the upper end of the window.": (26, 0.6860),
+            "26 sub-layers are 13 blocks. Your alpha_min is for 26 blocks.": (26, 0.7945),
+        },
+        tolerance=2e-3,
+    ),
+    "ex-11-3": Exercise(
+        solution=_u_ramp,
+        mistakes={
+            "it starts again at 1 in the first out block: two ramps in one net. Print the factors and look for the jump.": _ramp_that_restarts,
+            "it climbs back to 1 on the way out. Then the last shortcut would be whole.": _ramp_that_climbs_back,
+            "it reaches alpha_min in the middle and stays there. It should reach it at the very end.": _ramp_that_waits,
+            "both sub-layers of a block have one factor in yours. The ramp falls within a block, too.": _ramp_by_block,
+            "the block in the middle is missing: depth does not count it.": lambda depth, alpha_min: (
+                _line(2 * depth, alpha_min)
+            ),
+            "the last factor is above alpha_min. How many steps lie between n factors?": lambda depth, alpha_min: (
+                _line(2 * (depth + 1), alpha_min, 2 * (depth + 1))
+            ),
+        },
+        cases=((4, 0.234), (2, 0.5), (12, 0.62)),
+    ),
+    "ex-11-4": Exercise(
+        solution=_fold_join,
+        mistakes={
+            "your tap became quieter. In the plain net all states are larger, and late ones most.": partial(_fold_join, parts=(0, -1, 1)),
+            "weights are right. The bias is added in the decayed net's units, too.": partial(_fold_join, parts=(0, 1, 0)),
+            "the wrong half: the first D columns read the stream, the others the tap.": partial(_fold_join, parts=(1, 0, 1)),
+            "both halves are scaled. The stream is in the right units already.": partial(_fold_join, parts=(1, 1, 1)),
+            "the join comes before its block: the factors of that block have not acted on the stream yet.": partial(_fold_join, block=1),
+            "join 0 takes the tap that was put down last. Yours takes the first.": lambda weight, bias, alphas, k: (
+                _fold_join(weight, bias, alphas, k, tap=k + 1)
+            ),
+            "you multiplied the bias by the share instead of dividing by it.": partial(_fold_join, parts=(0, 1, -1)),
+        },
+        cases=(_join_case(0, 2, 0), _join_case(1, 3, 2), _join_case(2, 3, 0)),
+    ),
+    "ex-11-5": Exercise(
+        solution=0.3819,
+        mistakes={
+            "that is the ramp over all 13 blocks, with the middle somewhere on the way.": 0.6191,
+            "the six in blocks alone. The middle block shall be decayed, too.": 0.3141,
+            "you counted seven factors. Seven blocks have fourteen.": 0.0979,
+            "that puts 1e-3 behind the middle. The exercise asks for the centre of the window.": 0.2998,
+            "that puts 1e-2 behind the middle. The exercise asks for the centre of the window.": 0.4763,
+        },
+        tolerance=2e-3,
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -965,4 +1192,6 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_6,
     **CHAPTER_7,
     **CHAPTER_8,
+    **CHAPTER_10,
+    **CHAPTER_11,
 }

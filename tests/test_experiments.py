@@ -32,7 +32,9 @@ from mini_resdecay.uvit import UViT
 BOOK = Path(__file__).parents[1] / "book" / "results"
 RECORDED = sorted(BOOK.glob("*/*.json"))
 # Studies of which every seed is recorded; of others, what is there is checked.
-IN_THE_BOOK = [name for name, e in EXPERIMENTS.items() if e.study in ("spiral", "reuse", "mae")]
+IN_THE_BOOK = [
+    name for name, e in EXPERIMENTS.items() if e.study in ("spiral", "reuse", "droppath", "mae")
+]
 # Of these the first five losses are computed again: every study, every kind of net and of step.
 REPLAYED = [
     "spiral-relu",
@@ -1055,6 +1057,7 @@ def test_list_and_show_name_every_experiment(capsys):
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in EXPERIMENTS)
+    assert "mae-study                                  3 arms, 2.2 hours\n" in listed  # 9 x 15 min
     assert main(["show", "reuse-cifar10"]) == 0
     shown = capsys.readouterr().out
     assert '"epochs": 8' in shown
