@@ -417,9 +417,9 @@ def _masked(
     seeds: tuple[int, ...] = (0, 1, 2),
     keeps: bool = False,
 ) -> Experiment:
-    """A masked autoencoder of `_ARMS`, under a name that says in what it is special.
+    """An arm of `_ARMS`, under a name that says in what it is special; `also`: what else changes.
 
-    `also`: what else it changes. How long, deep and fast it is in each tier.
+    `epochs` are those of the three tiers, `deeper` and `rate` factors of depth and learning rate.
     """
     return Experiment(
         study, name.format(arm),
@@ -1027,9 +1027,10 @@ def _fine_tuned(
 ) -> dict[str, float]:
     """Accuracy of a copy of the encoder, and of its export if it decays, trained with a new head.
 
-    Ten epochs of few images, all arms of a seed alike. An encoder without a final norm gets one,
-    or the scale of its features would decide; the export has the same logits then, until it is
-    trained. What is measured after this, and what is drawn, is as without it.
+    Ten epochs of few images, for all arms of a seed the same, at a rate chosen for `skips-only` on
+    other images of the train split. An encoder without a final norm gets one, or the scale of its
+    features would decide; until it is trained the export then has the same logits. The encoder and
+    the random state of the run are left as they were.
     """
     few = _few(train, recipe.tuned_images, seed)
     size = min(128, len(few))
