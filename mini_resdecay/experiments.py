@@ -6,12 +6,12 @@ This file and the command line are the only ones that know models, data and meas
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean
@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import StackDataset, Subset
 from tqdm import tqdm
 
 from . import results, reuse
@@ -33,6 +34,7 @@ from .data import (
     flip,
     known,
     load,
+    require,
     sha256,
     shift,
     to_float,
@@ -42,6 +44,7 @@ from .diffusion import Diffusion
 from .droppath import ARMS
 from .evaluate import (
     Probe,
+    fine_tuning_groups,
     frechet_distance,
     knn_accuracy,
     linear_probe,
@@ -71,7 +74,7 @@ from .train import (
     seed_everything,
 )
 from .uvit import UViT
-from .vit import Classifier, ViT
+from .vit import Classifier, ViT, export_plain
 
 TIERS = ("cpu", "t4", "full")
 MOST_KEPT = 5_000_000  # bytes of what is kept beside a record
@@ -79,14 +82,18 @@ LEVELS = (50, 100, 300, 600)  # of noise, at which a denoiser's features are rea
 PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 
 
-def _refuse_nothing(recipe: Any) -> None:
-    for name, value in asdict(recipe).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+@dataclass(frozen=True)
+class Recipe:
+    """What all recipes have in common: counts are at least 1, or 0 where that is the default."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is int and value < (least := min(1, getattr(type(self), name))):
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
-class SpiralRecipe:
+class SpiralRecipe(Recipe):
     """A residual net on the spiral: full batch, Adam; 400 points to train, 2000 to test."""
 
     depth: int = 32
@@ -98,12 +105,9 @@ class SpiralRecipe:
     arm: str = "plain"
     p: float = 0.2
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
 
 @dataclass(frozen=True)
-class ImageRecipe:
+class ImageRecipe(Recipe):
     """A classifier of images: AdamW, cosine schedule, shifts of 2 pixels (and flips).
 
     The residual CNN has `blocks` blocks of each width; a ViT has width `widths[0]`, depth
@@ -124,12 +128,9 @@ class ImageRecipe:
     arm: str = "plain"
     p: float = 0.2
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
 
 @dataclass(frozen=True)
-class MaskedRecipe:
+class MaskedRecipe(Recipe):
     """A masked autoencoder: AdamW (0.9, 0.95), cosine schedule, random crops and flips.
 
     In arch "paper" the encoder has no final norm.
@@ -138,6 +139,9 @@ class MaskedRecipe:
     shortcuts only), the size of the taps, the eps of the norms (1: as in a plain net). 0 leaves
     them. All ramps are of one `kind`.
     `precision` "half": fp16 on GPUs without bf16, else bf16; the record's device says which.
+    `tuned_images`: of the train split, on which copies of the encoder are fine-tuned, before the
+    training (from scratch, that is) and after it; 0 leaves it out. Not a part of `repr`, since
+    no training differs by it.
     """
 
     data: str = "cifar10"
@@ -164,13 +168,11 @@ class MaskedRecipe:
     rates_as: float = 0.0
     taps_as: float = 0.0
     norms_as: float = 0.0
-
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
+    tuned_images: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
-class DiffusionRecipe:
+class DiffusionRecipe(Recipe):
     """A U-ViT that denoises images as they are: AdamW (0.9, 0.95), cosine rate, mean weights.
 
     `labelled`: the class is told, but for a tenth of the images. `rates_as`: of all sub-layers, as
@@ -206,12 +208,6 @@ class DiffusionRecipe:
     measured: int = 4000
     rates_as: float = 0.0
 
-    def __post_init__(self) -> None:
-        _refuse_nothing(self)
-
-
-Recipe = SpiralRecipe | ImageRecipe | MaskedRecipe | DiffusionRecipe
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -240,31 +236,27 @@ class Experiment:
         return f"{self.study}-{self.arm}"
 
 
-def _spiral(arm: str, recipe: SpiralRecipe, expects: str) -> Experiment:
-    return Experiment(
-        "spiral", arm, dict.fromkeys(TIERS, recipe), "arXiv 2411.09475, figures 1 to 4",
-        expects, 0.2, 0.6, (0, 1, 2, 3, 4),
-    )  # fmt: skip
+def _spiral(
+    arm: str, expects: str, source: str = "arXiv 2411.09475, figures 1 to 4", /, **changes: Any
+) -> Experiment:
+    tiers = dict.fromkeys(TIERS, SpiralRecipe(**changes))
+    return Experiment("spiral", arm, tiers, source, expects, 0.2, 0.6, (0, 1, 2, 3, 4))
 
 
-def _spiral_arm(activation: str, arm: str) -> Experiment:
-    one = _spiral(
-        f"{activation}-{arm}",
-        SpiralRecipe(activation=activation, arm=arm),
-        "after dropping, a skipped block costs less; two-stage is within mixture's spread",
-    )
-    return replace(one, source="arXiv 2411.09475, figure 5 and algorithm 1")
+def _by_tier(t4: Recipe, cpu: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Recipe]:
+    """The recipe of the middle tier, and what the others change in it."""
+    return {"cpu": replace(t4, **cpu), "t4": t4, "full": replace(t4, **full)}
 
 
 def _reuse(data: str, flips: bool, minutes: float) -> Experiment:
-    t4 = ImageRecipe(data=data, flips=flips)
-    tiers = {
-        "cpu": replace(t4, images=1000, epochs=2, measured=500),
-        "t4": t4,
-        "full": replace(t4, images=50_000, epochs=50, widths=(32, 64, 128)),
-    }
     return Experiment(
-        "reuse", data, tiers, "arXiv 2411.09475, figure 3, on real images",
+        "reuse", data,
+        _by_tier(
+            ImageRecipe(data=data, flips=flips),
+            {"images": 1000, "epochs": 2, "measured": 500},
+            {"images": 50_000, "epochs": 50, "widths": (32, 64, 128)},
+        ),
+        "arXiv 2411.09475, figure 3, on real images",
         "rule fixed before the runs: training raises the rebound if the debiased CKA rebound is "
         "above the untrained net's in all three seeds; else it does not at this scale",
         minutes, 1.5, (0, 1, 2),
@@ -276,30 +268,40 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
 
     `few`: a tenth of the images, seen ten times as often, where plain nets overfit.
     """
+    of_vit: dict[str, Any] = {"lr": 5e-4, "widths": (64,), "blocks": 6} if net == "vit" else {}
     t4 = ImageRecipe(
-        data=data, images=5000, epochs=15, lr=1e-3, weight_decay=0.0, flips=data == "cifar10",
-        measured=500, net=net, arm=arm, p=p,
+        data=data, images=500 if few else 5000, epochs=195 if few else 15, weight_decay=0.0,
+        flips=data == "cifar10", measured=500, net=net, arm=arm, p=p, **({"lr": 1e-3} | of_vit),
     )  # fmt: skip
-    if net == "vit":
-        t4 = replace(t4, lr=5e-4, widths=(64,), blocks=6)
-    if few:
-        t4 = replace(t4, images=500, epochs=195)
-    tiers = {
-        "cpu": replace(t4, images=512, epochs=1, measured=100),
-        "t4": t4,
-        "full": replace(
-            t4,
-            images=2 * t4.images,
-            measured=2000,
-            widths=t4.widths if net == "vit" else (32, 64, 128),
-        ),
-    }
-    name = f"{data}-{net}-{arm}" + ("" if p == 0.2 else f"-p{round(100 * p)}") + "-few" * few
     return Experiment(
-        "droppath", name, tiers, "arXiv 2411.09475, its table (unread), on other images",
+        "droppath",
+        f"{data}-{net}-{arm}" + ("" if p == 0.2 else f"-p{round(100 * p)}") + "-few" * few,
+        _by_tier(
+            t4,
+            {"images": 512, "epochs": 1, "measured": 100},
+            {
+                "images": 2 * t4.images,
+                "measured": 2000,
+                "widths": t4.widths if of_vit else (32, 64, 128),
+            },
+        ),
+        "arXiv 2411.09475, its table (unread), on other images",
         "rule fixed before the runs: two-stage helps where the 95 % interval of its accuracy minus "
         "plain-eq's is above 0; freezing matters where two-stage minus mixture excludes 0",
         4, 1.5, tuple(range(seeds)),
+    )  # fmt: skip
+
+
+def _judge_of(data: str) -> Experiment:
+    """The classifier by whose features all samples of the study `diffusion` are judged."""
+    t4 = ImageRecipe(
+        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
+    )
+    return Experiment(
+        "judge", data, _by_tier(t4, {"images": 1000, "epochs": 2}, {"epochs": 40}),
+        "a net as in arXiv 1603.05027, whose features stand in for Inception",
+        "no rule: it is trained once, before the study, and its kept bytes are the measure",
+        10, 1.5, (0,), keeps=True,
     )  # fmt: skip
 
 
@@ -312,11 +314,7 @@ _SIZES = {
     ),
 }  # fmt: skip
 WINDOW = "window"  # of an arm's `alpha_min`: where the product of its depth is 10^-2.5
-
-
-@cache
-def _window(depth: int) -> float:
-    return round(suggest_alpha_min(depth), 4)
+_window = cache(lambda depth: round(suggest_alpha_min(depth), 4))
 
 
 def _tiers(
@@ -343,28 +341,6 @@ def _tiers(
         )
         for (tier, size), length in zip(sizes.items(), epochs, strict=True)
     }
-
-
-def _masked(
-    study: str,
-    arm: str,
-    changes: Mapping[str, Any],
-    expects: str,
-    *,
-    epochs: tuple[int, int, int] = (2, 15, 200),
-    deeper: int = 1,
-    rate: float = 1.0,
-    minutes: float = 8,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    turn: int = 0,
-    keeps: bool = False,
-) -> Experiment:
-    """A masked autoencoder: what an arm changes, and how long, deep and fast it is in each tier."""
-    return Experiment(
-        study, arm, _tiers(_SIZES, epochs, changes, deeper, rate),
-        "arXiv 2404.10947, masked autoencoders, on other images",
-        expects, minutes, 3.5, seeds, turn, keeps,
-    )  # fmt: skip
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}
@@ -396,24 +372,16 @@ _RULED = ("standard", "skips-only", "decay")
 _TRIED = (*_RULED, "standard-xavier", "scaled-sum", "constant")
 _CELLS = ("rates", "taps", "rates-taps", "norms")
 _SWEEP = tuple(arm for arm in _ARMS if arm.startswith("alpha"))
-_TINY = {"data": "tiny-imagenet-100", "patch": 8}
 # Arms whose trial another rate won than the usual one, with its factor: by `knn_held` of seed 0,
 # tier t4. A new entry makes the queue longer: stop all parts of it before.
 TUNED: dict[str, float] = {}
 
-_SHOWN = (
-    "rule fixed before the runs: decay is shown to help if its kNN accuracy at the last block is "
-    "above that of standard-xavier, standard and skips-only, each at the rate of its trial, in all "
-    "seeds, by 1 point and 2 pooled deviations on average; else not at this scale. A gap at the "
-    "last block that the best block has not is one of place"
-)
-_TWO_BY_TWO = (
-    "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; if "
-    "rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, if taps "
-    "alone is, one of weaker skips; norms is the fourth cell"
-)
-# What else is asked of kNN accuracy at the last block, by arm or by group of arms.
+# What is asked of kNN accuracy at the last block, by arm or by group of arms; of others, "decay".
 _EXPECTS = {
+    "decay": "rule fixed before the runs: decay is shown to help if its kNN accuracy at the last "
+    "block is above that of standard-xavier, standard and skips-only, each at the rate of its "
+    "trial, in all seeds, by 1 point and 2 pooled deviations on average; else not at this scale. "
+    "A gap at the last block that the best block has not is one of place",
     "mae": "rule fixed before the runs: decay helps here if its kNN accuracy at the last block is "
     "above that of standard and of skips-only in all seeds, by 1 point and 2 pooled deviations "
     "on average; the best block is reported beside it",
@@ -421,7 +389,12 @@ _EXPECTS = {
     "knn_held is highest in seed 0; no test image has a say",
     "sweep": "rule fixed before the runs: the product is the knob if the best alpha_min has one in "
     "[1e-3, 1e-2); eps is at work where undamped differs by 2 pooled deviations",
-    **dict.fromkeys(_CELLS, _TWO_BY_TWO),
+    **dict.fromkeys(
+        _CELLS,
+        "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; "
+        "if rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, "
+        "if taps alone is, one of weaker skips; norms is the fourth cell",
+    ),
     "branch-scaled": "the shortcut matters, not the branch, unless within 2 deviations of decay",
     "constant": "the ramp matters, not its product alone, unless within 1 deviation of decay",
     "standard-decay": "decay needs long skips unless this is at least as good as standard",
@@ -429,23 +402,31 @@ _EXPECTS = {
 }
 
 
-def _decay(name: str, arm: str, turn: int, expects: str = "", **more: Any) -> Experiment:
-    """An arm of the study of chapter 9, under a name that says in what it is special."""
-    changes = _ARMS[arm] | more.pop("also", {})
-    told = _EXPECTS.get(expects or arm, _SHOWN)
-    return _masked("decay", name.format(arm), changes, told, turn=turn, **more)
+def _masked(
+    name: str,
+    arm: str,
+    turn: int,
+    expects: str = "",
+    *,
+    study: str = "decay",
+    also: Mapping[str, Any] | None = None,
+    epochs: tuple[int, int, int] = (2, 15, 200),
+    deeper: int = 1,
+    rate: float = 1.0,
+    minutes: float = 8,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    keeps: bool = False,
+) -> Experiment:
+    """An arm of `_ARMS`, under a name that says in what it is special; `also`: what else changes.
 
-
-def _judge_of(data: str) -> Experiment:
-    """The classifier by whose features all samples of the study `diffusion` are judged."""
-    t4 = ImageRecipe(
-        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
-    )
-    tiers = {"cpu": replace(t4, images=1000, epochs=2), "t4": t4, "full": replace(t4, epochs=40)}
+    `epochs` are those of the three tiers, `deeper` and `rate` factors of depth and learning rate.
+    """
     return Experiment(
-        "judge", data, tiers, "a net as in arXiv 1603.05027, whose features stand in for Inception",
-        "no rule: it is trained once, before the study, and its kept bytes are the measure",
-        10, 1.5, (0,), keeps=True,
+        study, name.format(arm),
+        _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, rate),
+        "arXiv 2404.10947, masked autoencoders, on other images",
+        _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
+        minutes, 3.5, seeds, turn, keeps,
     )  # fmt: skip
 
 
@@ -471,25 +452,22 @@ _GENERATORS: tuple[dict[str, dict[str, Any]], ...] = (
         "cifar10-decay": {"data": "cifar10", "alpha_min": WINDOW},
     },
 )
-_GENERATES = (
-    "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean weights "
-    "without guidance, to 10 000 test images, by the features of one fixed classifier. Decay "
-    "lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, 2, lies "
-    "below 0; anything else falsifies that at this scale, and above 0 decay harms. no-skips is "
-    "read so too. Step sizes explain decay if equal-steps minus plain excludes 0 on the same side "
-    "and decay minus equal-steps does not exclude 0"
-)
 
 
 def _diffusion(arm: str, changes: Mapping[str, Any], turn: int) -> Experiment:
     return Experiment(
         "diffusion", arm, _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes),
         "arXiv 2404.10947, U-ViT, on other images and smaller",
-        _GENERATES, 15, 2.5, (0, 1, 2), turn, keeps=True,
+        "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean "
+        "weights without guidance, to 10 000 test images, by the features of one fixed classifier. "
+        "Decay lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, "
+        "2, lies below 0; anything else falsifies that at this scale, and above 0 decay harms. "
+        "no-skips is read so too. Step sizes explain decay if equal-steps minus plain excludes 0 "
+        "on the same side and decay minus equal-steps does not exclude 0",
+        15, 2.5, (0, 1, 2), turn, keeps=True,
     )  # fmt: skip
 
 
-_RESIDUAL = SpiralRecipe()
 _DECIDING = ("plain-eq", "droppath", "two-stage", "mixture")
 _CONTROLS = ("plain", "plain-half", "no-freeze", "random-freeze")
 _NETS = ("cnn", "vit")
@@ -497,16 +475,25 @@ _NETS = ("cnn", "vit")
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        _spiral("relu", _RESIDUAL, "accuracy above 0.99; CKA rebound above the untrained net's"),
-        _spiral("tanh", replace(_RESIDUAL, activation="tanh"), "CKA rebound below untrained"),
-        _spiral("plain", replace(_RESIDUAL, residual=False), "does not learn: accuracy 0.5"),
+        _spiral("relu", "accuracy above 0.99; CKA rebound above the untrained net's"),
+        _spiral("tanh", "CKA rebound below untrained", activation="tanh"),
+        _spiral("plain", "does not learn: accuracy 0.5", residual=False),
         _spiral(
             "small",
-            replace(_RESIDUAL, depth=6, width=6, steps=2000, lr=1e-2),
             "no effect of training on the rebound",
+            depth=6,
+            width=6,
+            steps=2000,
+            lr=1e-2,
         ),
         *(
-            _spiral_arm(act, arm)
+            _spiral(
+                f"{act}-{arm}",
+                "after dropping, a skipped block costs less; two-stage is within mixture's spread",
+                "arXiv 2411.09475, figure 5 and algorithm 1",
+                activation=act,
+                arm=arm,
+            )
             for act in ("relu", "tanh")
             for arm in (*_DECIDING, *_CONTROLS[1:])
         ),
@@ -523,38 +510,40 @@ EXPERIMENTS: dict[str, Experiment] = {
             for a in ("two-stage", "mixture")
         ),
         *(
-            _masked(
-                "mae", a, _ARMS[a], _EXPECTS["mae"], epochs=(2, 30, 200), minutes=15, keeps=True
-            )
+            _masked("{}", a, 0, "mae", study="mae", epochs=(2, 30, 200), minutes=15, keeps=True)
             for a in _RULED
         ),
         # Turn 0 is what the rule and the 2 x 2 compare. Trials of rates come before all that is
         # longer and takes the rate that won, but not first: seed 0 of an arm is its own trial at
         # the usual rate, at which all arms are compared anyway. A rate that wins gets more seeds.
         *(
-            _decay("{}", a, 0, seeds=tuple(range(5 if a in _RULED else 3)))
+            _masked("{}", a, 0, seeds=tuple(range(5 if a in _RULED else 3)))
             for a in (*_TRIED, *_CELLS)
         ),
         *(
-            _decay(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
+            _masked(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
             for a in _TRIED
             for rate in (0.5, 2.0)
             for seeds in [(0, 1, 2) if TUNED.get(a) == rate else (0,)]
         ),
-        *(_decay("{}", a, 2) for a in _ARMS if a not in (*_TRIED, *_CELLS, *_SWEEP)),
-        *(_decay("{}", a, 3, "sweep") for a in _SWEEP),
-        *(_decay("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0}) for a in ("decay", *_SWEEP)),
-        *(_decay("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
-        *(_decay("tiny-{}", a, 4, also=_TINY) for a in _RULED),
+        *(_masked("{}", a, 2) for a in _ARMS if a not in (*_TRIED, *_CELLS, *_SWEEP)),
+        *(_masked("{}", a, 3, "sweep") for a in _SWEEP),
+        *(
+            _masked("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0})
+            for a in ("decay", *_SWEEP)
+        ),
+        *(_masked("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
+        *(_masked("tiny-{}", a, 4, also={"data": "tiny-imagenet-100", "patch": 8}) for a in _RULED),
         # The 2 x 2 explains decay, and so has its rate.
         *(
-            _decay(
+            _masked(
                 "long-{}",
                 a,
                 5,
                 epochs=(12, 90, 800),
                 minutes=45,
                 keeps=a in _RULED,
+                also={"tuned_images": 1200 if a in _RULED else 0},
                 rate=TUNED.get(a if a in _TRIED else "decay", 1.0),
             )
             for a in (*_RULED, "scaled-sum", *_CELLS)
@@ -582,8 +571,7 @@ def recipe_of(experiment: Experiment, tier: str, changes: Sequence[str] = ()) ->
     recipe = experiment.tiers[known("tier", tier, TIERS)]
     for change in changes:
         key, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"set must be key=value, got {change!r}")
+        require("set", repr(change), bool(equals), "be key=value")
         old = getattr(recipe, known("set", key, [field.name for field in fields(recipe)]))
         recipe = replace(recipe, **{key: _parse(key, text, old)})
     return recipe
@@ -602,9 +590,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     """The fields in which two recipes differ, with both values."""
-    left, right = asdict(a), asdict(b)
-    names = sorted({*left, *right})
-    return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
+    pairs = {n: (getattr(a, n, None), getattr(b, n, None)) for n in {**vars(a), **vars(b)}}
+    return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
 def queue(
@@ -615,10 +602,9 @@ def queue(
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
-    arms = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
-    runs = sorted(((a, s) for a in arms for s in a.seeds), key=lambda run: (run[0].turn, run[1]))
-    mine = runs[part - 1 :: parts]
-    return [(arm, seed) for arm, seed in mine if not _record(arm, seed, out).exists()]
+    runs = [(one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds]
+    runs.sort(key=lambda run: (run[0].turn, run[1]))
+    return [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
 
 
 def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:
@@ -642,18 +628,20 @@ def run(
     Raises ValueError for unknown names and values, and if `out` holds this run with another
     recipe.
     """
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    require("seed", seed, seed >= 0, "be at least 0")
     experiment = get(name)
     recipe = recipe_of(experiment, tier, changes)
     described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
     if path.exists():
-        refuse_other_settings(path, described, _plain(asdict(type(recipe)())))
+        # A field that came later than the record had its default then.
+        old = _plain(asdict(type(recipe)())) | results.read(path).recipe
+        if changed := {k: (old[k], described.get(k)) for k in old if old[k] != described.get(k)}:
+            told = f"{path} has {changed}, recorded and asked for"
+            raise ValueError(f"out must not hold this run with other settings: {told}")
         if resume:
             return path
-    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:8]
-    work = Path(out) / "unfinished" / f"{name}-s{seed}-{digest}"
+    work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
     keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
         _run_spiral(recipe, seed)
@@ -661,15 +649,9 @@ def run(
         else _run_images(recipe, seed, data, work, resume, keep)
     )
     where = results.environment(gpu=not isinstance(recipe, SpiralRecipe))
-    if (precision := outcome.pop("precision", "no")) != "no":
-        where["device"] += f", {precision}"
+    where["device"] += outcome.pop("precision", "")
     record = results.Run(
-        study=experiment.study,
-        arm=experiment.arm,
-        seed=seed,
-        recipe=described,
-        **outcome,
-        **where,
+        experiment.study, experiment.arm, seed, recipe=described, **outcome, **where
     )
     if PartialState().is_main_process:
         results.write(record, out)
@@ -677,25 +659,11 @@ def run(
     return path
 
 
-def refuse_other_settings(
-    path: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """Raise ValueError if the run recorded at `path` had another recipe: it would be lost.
-
-    A field that came later than the record had its default then.
-    """
-    old = {**defaults, **results.read(path).recipe}
-    if changed := {k: (old[k], recipe.get(k)) for k in old if old[k] != recipe.get(k)}:
-        told = f"{path} has {changed}, recorded and asked for"
-        raise ValueError(f"out must not hold this run with other settings: {told}")
-
-
 # ---- the spiral ------------------------------------------------------------------------------
 
 
 def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
-    x, y = spiral()
-    test = spiral(n=2000, seed=12345)
+    (x, y), test = spiral(), spiral(n=2000, seed=12345)
     net = _spiral_net(recipe, seed)
     before = _diagnose_spiral(net, x, y, *test)
     start = time.perf_counter()
@@ -707,7 +675,7 @@ def _run_spiral(recipe: SpiralRecipe, seed: int) -> dict[str, Any]:
         "metrics": {"init": before, "trained": _diagnose_spiral(net, x, y, *test)},
         "curve": {"step": steps, "loss": [losses[step] for step in steps]},
         "seconds": seconds,
-        "fingerprint": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16],
+        "fingerprint": sha256(x.numpy().tobytes())[:16],
         "first_losses": first_losses(recipe, seed),
     }
 
@@ -761,25 +729,21 @@ def _run_images(
     resume: bool,
     keep: Path | None,
 ) -> dict[str, Any]:
-    prepare, diagnose, look = _HOW[type(recipe)]
+    prepare, diagnose, look, finish = _HOW[type(recipe)]
     train, test = (load(recipe.data, split, data) for split in ("train", "test"))
-    sets = train.subset(min(recipe.images, len(train)), 0), test
-    state, batches, step = prepare(recipe, seed, sets[0])
-    looked_at = state.ema or state.net, recipe, seed, *sets
+    train = _few(train, recipe.images, 0)
+    state, batches, step = prepare(recipe, seed, train)
+    looked_at = state.ema or state.net, recipe, seed, train, test
     before = diagnose(*looked_at)
     precision = state.accelerator.mixed_precision
-    key = hashlib.sha256(repr((recipe, precision, seed, sets[0].fingerprint)).encode()).hexdigest()
+    key = sha256(repr((recipe, precision, seed, train.fingerprint)).encode())
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
     if look:
         step = _watched(step, len(batches), lambda: look(*looked_at))
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
-    metrics = {"init": before, "trained": diagnose(*looked_at)}
-    net = state.net.encoder if isinstance(state.net, MAE) else state.net
-    kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
-    if isinstance(recipe, DiffusionRecipe):
-        judged, kept = _judged(looked_at[0], recipe, seed, *sets)
-        metrics["trained"] |= judged
+    more, kept = finish(*looked_at)
+    metrics = {"init": before, "trained": diagnose(*looked_at) | more}
     logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
     if seen:
         metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
@@ -789,14 +753,24 @@ def _run_images(
             write_whole(keep, content)
             metrics["encoder"] = {"sha256": sha256(content)}
     return {
-        "data": {"name": recipe.data, "train": len(sets[0]), "test": len(test)},
-        "precision": precision,
+        "data": {"name": recipe.data, "train": len(train), "test": len(test)},
+        "precision": "" if precision == "no" else f", {precision}",
         "metrics": metrics,
         "curve": {k: [line[k] for line in logged] for k in ("step", "loss")},
         "seconds": round(state.seconds, 1),
-        "fingerprint": sets[0].fingerprint,
-        "first_losses": first_losses(recipe, seed, sets[0]),
+        "fingerprint": train.fingerprint,
+        "first_losses": first_losses(recipe, seed, train),
     }
+
+
+def _few(images: ImageSet, most: int, seed: int = 1) -> ImageSet:
+    return images.subset(min(most, len(images)), seed)
+
+
+def _weights(net: Any, *_: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Nothing more to measure; what is kept."""
+    net = net.encoder if isinstance(net, MAE) else net
+    return {}, net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
 
 
 def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step:
@@ -822,27 +796,37 @@ def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool =
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
     steps, draws = _length(recipe, _batches_seen(recipe, train))
-    schedule = cosine_schedule(optimizer, steps, warmup=round(0.08 * steps))
     # Masks have a generator of their own, so that all arms see the same batches.
-    state = make_state(model, optimizer, scheduler=schedule, seed=10_000 + seed, cpu=cpu)
-    augment = partial(_augment, flips=recipe.flips)
-    batches = Batches(train, recipe.batch, draws * steps, seed, augment)
-    step = partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify)
-    return state, batches if draws == 1 else _Pairs(batches), step
+    state = make_state(
+        model, optimizer, scheduler=cosine_schedule(optimizer, steps, round(0.08 * steps)),
+        seed=10_000 + seed, cpu=cpu,
+    )  # fmt: skip
+    batches: Any = Batches(
+        train, recipe.batch, draws * steps, seed,
+        lambda x, g: flip(shift(x, 2, g), g) if recipe.flips else shift(x, 2, g),
+    )  # fmt: skip
+    if draws == 2:
+        batches = StackDataset(*(Subset(batches, range(k, 2 * steps, 2)) for k in range(2)))
+    return (
+        state,
+        batches,
+        partial(_arm_step, recipe) if recipe.arm in ARMS else loss_step(_classify),
+    )
 
 
 def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
-    _, channels, side, _ = train.images.shape
+    (_, channels, side, _), classes = train.images.shape, len(train.classes)
     if known("net", recipe.net, ("cnn", "vit")) == "cnn":
-        return ResidualCNN(channels, len(train.classes), recipe.widths, recipe.blocks)
-    vit = ViT(side, 4, recipe.widths[0], recipe.blocks, heads=4, channels=channels)
-    return Classifier(vit, len(train.classes))
+        return ResidualCNN(channels, classes, recipe.widths, recipe.blocks)
+    return Classifier(ViT(side, 4, recipe.widths[0], recipe.blocks, 4, channels), classes)
 
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
     batches = recipe.epochs * (len(train) // recipe.batch)
-    if batches < 2:
-        raise ValueError(f"batch must be at most half of the {len(train)} images a run sees")
+    require(
+        "batch", recipe.batch, batches >= 2,
+        f"be at most half of the {len(train)} images a run sees",
+    )  # fmt: skip
     return batches
 
 
@@ -860,19 +844,6 @@ def _length(recipe: SpiralRecipe | ImageRecipe, iterations: int) -> tuple[int, i
     return iterations // 2, 1 if recipe.arm == "plain-half" else 2
 
 
-class _Pairs(Sequence[Any]):
-    """Batches two by two."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches) // 2
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.batches[2 * i], self.batches[2 * i + 1]
-
-
 def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, Any]:
     fresh = iter(batch if isinstance(batch[0], tuple) else [batch])
 
@@ -881,14 +852,10 @@ def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, A
             return _classify(state, next(fresh))
 
     step, optimizer = ARMS[recipe.arm][0], state.optimizer.optimizer  # type: ignore[attr-defined]
-    scaler = state.accelerator.scaler
-    pair = step(state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=scaler)
+    pair = step(
+        state.net, optimizer, loss_fn, recipe.p, state.generator, scaler=state.accelerator.scaler
+    )
     return {"loss": pair.stage1} | ({} if pair.stage2 is None else {"full_loss": pair.stage2})
-
-
-def _augment(images: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
-    images = shift(images, 2, generator)
-    return flip(images, generator) if flips else images
 
 
 def _classify(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -900,11 +867,12 @@ def _diagnose_images(
     net: nn.Module, recipe: ImageRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     net.eval()
-    fitted, probed = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
+    fitted, probed = (_few(part, recipe.measured) for part in (train, test))
     x, y = to_float(probed.images), probed.labels
-    body = net.vit if isinstance(net, Classifier) else net
-    read = partial(reuse.layer_features, body, pool="mean")
-    features, bank = read(x), read(to_float(fitted.images))
+    features, bank = (
+        reuse.layer_features(getattr(net, "vit", net), to_float(part.images), pool="mean")
+        for part in (probed, fitted)
+    )
     return {
         **_quality(_logits(net, to_float(test.images)), test.labels),
         "probe": reuse.probe_layers(bank, fitted.labels, features, y),
@@ -914,8 +882,7 @@ def _diagnose_images(
 
 @torch.no_grad()
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
-    device = device_of(net)
-    return torch.cat([net(part.to(device)).cpu() for part in x.split(100)])
+    return torch.cat([net(part.to(device_of(net))).cpu() for part in x.split(100)])
 
 
 def _share_right(logits: Tensor, y: Tensor) -> float:
@@ -940,9 +907,8 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
     seed_everything(seed)
-    _, channels, side, _ = train.images.shape
     net = MAE(
-        encoder_of(recipe, side, channels),
+        encoder_of(recipe, *train.images.shape[2:0:-1]),  # side, channels
         recipe.decoder_dim,
         recipe.decoder_depth,
         recipe.decoder_heads,
@@ -953,8 +919,12 @@ def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool
     net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
     return _generative_training(
         recipe, seed, train, cpu, net, net.encoder, _reconstruct,
-        lambda x, g: flip(crop(x, generator=g), g),
+        _crop_and_flip,
     )  # fmt: skip
+
+
+def _crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    return flip(crop(images, generator=generator), generator)
 
 
 def _generative_training(
@@ -976,10 +946,10 @@ def _generative_training(
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps = _batches_seen(recipe, train)
-    schedule = cosine_schedule(optimizer, steps, warmup=round(0.05 * steps))
     state = make_state(
-        net, optimizer, scheduler=schedule, ema_decay=getattr(recipe, "ema", 0.0),
-        seed=10_000 + seed, precision=recipe.precision, cpu=cpu,
+        net, optimizer, scheduler=cosine_schedule(optimizer, steps, round(0.05 * steps)),
+        ema_decay=getattr(recipe, "ema", 0.0), seed=10_000 + seed, precision=recipe.precision,
+        cpu=cpu,
     )  # fmt: skip
     return state, Batches(train, recipe.batch, steps, seed, augment), loss_step(loss)
 
@@ -1008,7 +978,7 @@ def _see_masked(
     net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
 ) -> dict[str, float]:
     """Of few images, of the train split alone."""
-    few = train.subset(min(2400, len(train)), 1)
+    few = _few(train, 2400)
     cut = 2 * len(few) // 3
     labels = few.labels[:cut], few.labels[cut:]
     read = reuse.layer_features(net.encoder, to_float(few.images), pool="patches")
@@ -1021,10 +991,10 @@ def _see_masked(
 
 
 def _diagnose_masked(
-    net: MAE, recipe: MaskedRecipe, _: int, train: ImageSet, test: ImageSet
+    net: MAE, recipe: MaskedRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """Features are means over patches after the stem and each block; standardised but for ranks."""
-    bank, asked = (part.subset(min(recipe.measured, len(part)), 1) for part in (train, test))
+    bank, asked = (_few(part, recipe.measured) for part in (train, test))
     labels = bank.labels, asked.labels
     pixels = [to_float(part.images).flatten(1) for part in (bank, asked)]
     read = partial(reuse.layer_features, net.encoder, pool="patches")
@@ -1048,7 +1018,38 @@ def _diagnose_masked(
         "probe_block": 1 + int(best.source),
         "rank_entropy": [reuse.rank_entropy(seen[:2048]) for _, seen in layers],
         "rank_entropy_centred": [reuse.rank_entropy(s[:2048], centre=True) for _, s in layers],
+        **(_fine_tuned(net.encoder, recipe, seed, train, asked) if recipe.tuned_images else {}),
     }
+
+
+def _fine_tuned(
+    encoder: ViT, recipe: MaskedRecipe, seed: int, train: ImageSet, test: ImageSet
+) -> dict[str, float]:
+    """Accuracy of a copy of the encoder, and of its export if it decays, trained with a new head.
+
+    Ten epochs of few images, for all arms of a seed the same, at a rate chosen for `skips-only` on
+    other images of the train split. An encoder without a final norm gets one, or the scale of its
+    features would decide; until it is trained the export then has the same logits. The encoder and
+    the random state of the run are left as they were.
+    """
+    few = _few(train, recipe.tuned_images, seed)
+    size = min(128, len(few))
+    steps = 10 * (len(few) // size)
+    vit = copy.deepcopy(encoder)
+    if not isinstance(vit.norm, nn.LayerNorm):
+        vit.norm = nn.LayerNorm(recipe.dim, eps=vit.eps)
+    decays, found = recipe.shortcut == "plain" and recipe.alpha_min < 1, {}
+    exported = {"fine_tuned_exported": export_plain(vit)} if decays else {}
+    for name, body in ({"fine_tuned": vit} | exported).items():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = Classifier(body, len(few.classes))
+            optimizer = torch.optim.AdamW(fine_tuning_groups(net, lr=3e-3))
+            schedule = cosine_schedule(optimizer, steps, round(0.05 * steps))
+            state = make_state(net, optimizer, scheduler=schedule, precision=recipe.precision)
+            fit(state, Batches(few, size, steps, seed, _crop_and_flip), loss_step(_classify))
+        found[name] = _share_right(_logits(net.eval(), to_float(test.images)), test.labels)
+    return found
 
 
 def _neighbours(layer: Sequence[Tensor], bank_labels: Tensor, labels: Tensor) -> float:
@@ -1133,11 +1134,12 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             f"samples of {recipe.data} need their judge, made once by: python -m mini_resdecay run "
             f"judge-{recipe.data} --tier t4 --out book/results ({error})"
         ) from error
-    own = {name: value for name, value in run.recipe.items() if name != "tier"}
     with torch.device("meta"):  # draws no numbers
-        judge = _image_net(ImageRecipe(**own), test)
+        judge = _image_net(
+            ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
+        )
     judge.load_state_dict(weights, assign=True)
-    real = test.subset(min(5 * recipe.samples, len(test)), 1)
+    real = _few(test, 5 * recipe.samples)
     return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
 
 
@@ -1154,7 +1156,7 @@ def _see_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, float]:
     """Loss on test images with fixed noise, and FD of a tenth of the samples."""
-    held = test.subset(min(1000, len(test)), 1)
+    held = _few(test, 1000)
     x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
     loss = _process(recipe).loss(
         net, x, labels if recipe.labelled else None, drop_label=0.0,
@@ -1169,8 +1171,7 @@ def _diagnose_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
     """By noise level: features as in `_diagnose_masked`, of noisy images without their class."""
-    bank = train.subset(min(recipe.measured, len(train)), 1)
-    asked = test.subset(min(recipe.measured // 2, len(test)), 1)
+    bank, asked = _few(train, recipe.measured), _few(test, recipe.measured // 2)
     labels, fixed = (bank.labels, asked.labels), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"knn": {}, "probe": {}, "rank_entropy": {}}
     for t in map(str, LEVELS):
@@ -1232,23 +1233,21 @@ def _judged(
 
 
 # How a recipe becomes a training (state, batches, step), what is measured of the net before and
-# after it, and what on the way.
-_HOW: dict[type, tuple[Any, Any, Any]] = {
-    ImageRecipe: (_image_training, _diagnose_images, None),
-    MaskedRecipe: (_masked_training, _diagnose_masked, _see_masked),
-    DiffusionRecipe: (_diffusion_training, _diagnose_denoiser, _see_denoiser),
+# after it, what on the way, and what is measured and kept at the end alone.
+_HOW: dict[type, tuple[Any, Any, Any, Any]] = {
+    ImageRecipe: (_image_training, _diagnose_images, None, _weights),
+    MaskedRecipe: (_masked_training, _diagnose_masked, _see_masked, _weights),
+    DiffusionRecipe: (_diffusion_training, _diagnose_denoiser, _see_denoiser, _judged),
 }
 
 
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:
     """The first five losses of a run, in float32 on the CPU: what a test replays."""
     if isinstance(recipe, SpiralRecipe):
-        short = replace(recipe, steps=min(10, recipe.steps))
-        return _train_spiral(short, _spiral_net(recipe, seed), seed)[:5]
-    assert train is not None
-    if not isinstance(recipe, ImageRecipe):
-        recipe = replace(recipe, precision="no")
-    state, batches, step = _HOW[type(recipe)][0](recipe, seed, train, cpu=True)
+        recipe = replace(recipe, steps=min(10, recipe.steps))
+        return _train_spiral(recipe, _spiral_net(recipe, seed), seed)[:5]
+    exact = {"precision": "no"} if hasattr(recipe, "precision") else {}
+    state, batches, step = _HOW[type(recipe)][0](replace(recipe, **exact), seed, train, cpu=True)
     state.scheduler = None  # all at the rate of the first
     fit(state, batches, step, until=5, every=1, quiet=True)
     return [line["loss"] for line in state.history]

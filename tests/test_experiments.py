@@ -1,5 +1,6 @@
 """Named experiments and the command line: what they promise, and what they do with typos."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -317,7 +318,8 @@ NEIGHBOURS = [
     *((one, f"{one}-undamped", "norms_as") for one in experiments._SWEEP),
     *(("decay", one, "alpha_min") for one in experiments._SWEEP),
     *((one, f"{one}-lr-{rate}", "lr") for one in experiments._TRIED for rate in ("0.5", "2")),
-    *((one, f"long-{one}", "epochs") for one in (*MASKED, "scaled-sum", *experiments._CELLS)),
+    *((one, f"long-{one}", "epochs tuned_images") for one in MASKED),
+    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments._CELLS)),
     *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
@@ -418,6 +420,98 @@ def test_record_of_the_decay_study_follows_its_encoder_over_time(little_images, 
     assert (blind.curve, blind.metrics["trained"]) == (run.curve, after)
 
 
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_fine_tuned_are_the_three_arms_of_the_rule_in_the_longest_runs(tier):
+    tuned = {
+        name: recipe.tuned_images
+        for name, one in EXPERIMENTS.items()
+        if (recipe := recipe_of(one, tier)) and getattr(recipe, "tuned_images", 0)
+    }
+    assert tuned == {f"decay-long-{arm}": 1200 for arm in MASKED}
+
+
+# An encoder with random branches and its fine-tuning, small; two classes, dark and bright.
+TUNED = {"patch": 4, "dim": 16, "depth": 2, "heads": 2, "arch": "paper", "alpha_min": 0.2}
+TUNED |= {"zero_init": False, "precision": "no"}
+
+
+def tuning(**changes):
+    recipe = MaskedRecipe(**(TUNED | {"tuned_images": 1280} | changes))
+    torch.manual_seed(0)
+    labels = torch.arange(2000) % 2
+    images = (100 * labels[:, None, None, None] + torch.randint(50, (2000, 1, 8, 8))).byte()
+    toy = data.ImageSet(images, labels, ("dark", "bright"), "toy", "train")
+    return experiments.encoder_of(recipe, 8, 1), recipe, 0, toy.subset(1500, 0), toy.subset(200, 1)
+
+
+@pytest.mark.parametrize("precision", ["no", "half"])
+def test_fine_tuning_learns_what_a_line_separates(precision):
+    few = experiments._fine_tuned(*tuning(precision=precision, tuned_images=5))
+    assert max(few.values()) < 1  # ten steps of five images
+    many = experiments._fine_tuned(*tuning(precision=precision))
+    assert many == {"fine_tuned": 1, "fine_tuned_exported": 1}
+
+
+@pytest.mark.parametrize("arch", ["paper", "standard"])
+def test_D04_the_export_is_fine_tuned_from_the_same_logits(arch, monkeypatch):
+    seen, logits = [], experiments._logits
+    monkeypatch.setattr(
+        experiments, "_logits", lambda net, x: seen.append(logits(net, x)) or seen[-1]
+    )
+    experiments._fine_tuned(*tuning(arch=arch))
+    assert (seen[0] - seen[1]).abs().max() > 1e-3  # trained, the two are different nets
+    seen.clear()
+    monkeypatch.setattr(experiments, "fit", lambda *rest: None)
+    experiments._fine_tuned(*tuning(arch=arch))
+    assert seen[0].std() > 0.01
+    torch.testing.assert_close(seen[0], seen[1], rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["fine_tuned", "fine_tuned_exported"]),
+        ({"alpha_min": 1.0}, ["fine_tuned"]),
+        ({"shortcut": "identity-drop"}, ["fine_tuned"]),
+    ],
+)
+def test_fine_tuning_leaves_the_net_and_all_random_states_alone(changes, names):
+    given = tuning(**changes, tuned_images=20)
+    before, state = copy.deepcopy(given[0]), torch.get_rng_state()
+    found = experiments._fine_tuned(*given)
+    assert list(found) == names and torch.equal(torch.get_rng_state(), state)
+    assert repr(given[0]) == repr(before) and given[0].training == before.training
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, given[0].state_dict()[name])
+    assert experiments._fine_tuned(*given) == found
+
+
+def test_fine_tuning_keeps_the_factors_and_falling_rates(monkeypatch):
+    states = []
+    monkeypatch.setattr(experiments, "fit", lambda state, *rest: states.append(state))
+    experiments._fine_tuned(*tuning())
+    for state, alpha in zip(states, (0.2, 1.0), strict=True):
+        assert getattr(state.net.vit.blocks[-1].rule, "alpha", 1.0) == pytest.approx(alpha)
+        rates = {group["initial_lr"] for group in state.optimizer.param_groups}
+        assert sorted(rates) == pytest.approx([3e-3 * 0.65**k for k in (3, 2, 1, 0)])
+
+
+@pytest.mark.parametrize("arm", ["decay", "identity-drop"])
+def test_a_run_that_is_fine_tuned_is_otherwise_the_same(little_images, arm):
+    changes = ["batch=16", "epochs=8", "images=96", "measured=60", "lr=0.01", *LITTLE]
+    plain, tuned = (
+        results.read(experiments.run(f"decay-{arm}", changes=[*changes, *more], out=out))
+        for out, more in (("plain", []), ("tuned", ["tuned_images=64"]))
+    )
+    assert (plain.curve, plain.first_losses) == (tuned.curve, tuned.first_losses)
+    for when in ("init", "trained"):
+        found = tuned.metrics[when]
+        assert "fine_tuned" not in plain.metrics[when] and 0 < found.pop("fine_tuned") < 1
+        if arm == "decay":
+            assert 0 < found.pop("fine_tuned_exported") < 1
+    assert tuned.metrics == plain.metrics
+
+
 def test_each_tenth_of_the_bank_is_asked_once_and_never_of_itself(monkeypatch):
     asked = []
 
@@ -470,12 +564,15 @@ def test_a_field_that_came_after_a_record_had_its_default(little_images):
     changes = ["batch=16", "images=96", "measured=60", "epochs=1", *LITTLE]
     path = experiments.run("mae-standard", changes=changes)
     run = results.read(path)
-    later = ("kind", "rates_as", "taps_as", "norms_as")
+    later = ("kind", "rates_as", "taps_as", "norms_as", "tuned_images")
     old = {key: value for key, value in run.recipe.items() if key not in later}
     results.write(dataclasses.replace(run, recipe=old), path.parents[1])
     assert experiments.run("mae-standard", changes=changes, resume=True) == path
     with pytest.raises(ValueError, match=r"other settings: .*'norms_as': \(0\.0, 0\.5\)"):
         experiments.run("mae-standard", changes=[*changes, "norms_as=0.5"], resume=True)
+    # Checkpoints are of a `repr`, which has not grown.
+    assert repr(MaskedRecipe(tuned_images=5)) == repr(MaskedRecipe())
+    assert repr(MaskedRecipe()).endswith("norms_as=0.0)")
 
 
 @pytest.mark.parametrize("arm", MASKED)
@@ -880,12 +977,13 @@ def test_stopped_run_leaves_its_checkpoint_to_its_own_recipe(little_images, monk
         ("spiral-relu", "steps=0", "steps must be at least 1, got 0"),
         ("spiral-relu", "depth=-1", "depth must be at least 1, got -1"),
         ("reuse-cifar10", "batch=0", "batch must be at least 1, got 0"),
+        ("mae-decay", "tuned_images=-1", "tuned_images must be at least 0, got -1"),
         ("reuse-cifar10", "epochs=0", "epochs must be at least 1, got 0"),
         ("reuse-cifar10", "batch=97", "batch must be at most half of the 96 images"),
     ],
 )
 def test_recipe_that_trains_nothing_is_one_line(name, change, message, little_images, capsys):
-    images = [] if name == "spiral-relu" else little_images
+    images = little_images if name.startswith("reuse") else []
     assert main(["run", name, "--set", *images, change]) == 2
     assert message in capsys.readouterr().err
 

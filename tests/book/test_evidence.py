@@ -223,6 +223,44 @@ def test_a_margin_is_granted(tmp_path: Path) -> None:
     assert [one.split("**")[1] for one in verdicts] == ["holds here", "contradicted"]
 
 
+def tuned_runs(decay: float, exported: float) -> dict:
+    """Three seeds of the arms of B12; the usual arms reach 0.6 and 0.61, each net 0.4 before."""
+    found: dict = {}
+    for arm, value in (("standard", 0.6), ("skips-only", 0.61), ("decay", decay)):
+        for seed in range(3):
+            run = replace(a_run(f"long-{arm}", seed, 0.5), study="decay")
+            run.metrics["trained"]["fine_tuned"] = value + 0.001 * seed
+            run.metrics["init"]["fine_tuned"] = 0.4
+            if arm == "decay":
+                run.metrics["trained"]["fine_tuned_exported"] = exported + 0.001 * seed
+                run.metrics["init"]["fine_tuned_exported"] = 0.39
+            found.setdefault(("decay", run.arm), {})[seed] = run
+    return found
+
+
+@pytest.mark.parametrize(
+    ("decay", "verdict"), [(0.59, "holds here"), (0.605, "mixed"), (0.62, "contradicted")]
+)
+def test_worse_after_fine_tuning_is_what_is_claimed(decay: float, verdict: str) -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "B12")
+    runs = tuned_runs(decay, decay + 0.02)
+    lines = [evidence.line(claim, what, runs) for what in claim.compared]
+    assert evidence.verdict(claim, lines) == verdict
+    told = {one.what.label: one.gap.mean for one in lines}
+    assert told == pytest.approx(
+        {
+            "90 epochs, accuracy after fine-tuning, against `standard`": decay - 0.6,
+            "90 epochs, accuracy after fine-tuning, against `skips-only`": decay - 0.61,
+            "90 epochs, exported, against `decay`": 0.02,
+            "90 epochs, `standard`, against from scratch": 0.201,
+            "90 epochs, `skips-only`, against from scratch": 0.211,
+            "90 epochs, `decay`, against from scratch": decay - 0.399,
+            "90 epochs, `decay` exported, against from scratch": decay + 0.021 - 0.39,
+        }
+    )
+    assert [one.what.decides for one in lines] == [True, True, *[False] * 5]
+
+
 def test_six_arms_are_enough_for_a_correlation() -> None:
     claim = next(one for one in evidence.CLAIMS if one.number == "A3")
     link = next(what for what in claim.compared if isinstance(what, evidence.Link))
