@@ -387,18 +387,24 @@ _EXPECTS = {
     "on average; the best block is reported beside it",
     "trial": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times the rate whose "
     "knn_held is highest in seed 0; no test image has a say",
-    "sweep": "rule fixed before the runs: the product is the knob if the best alpha_min has one in "
-    "[1e-3, 1e-2); eps is at work where undamped differs by 2 pooled deviations",
+    "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
+    "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
+    "at work where that of undamped minus damped excludes 0",
     **dict.fromkeys(
         _CELLS,
         "rule fixed before the runs: rates-taps is decay to rounding and must not differ from it; "
-        "if rates alone is within 2 pooled deviations of decay, its effect is one of step sizes, "
-        "if taps alone is, one of weaker skips; norms is the fourth cell",
+        "the effect of an arm is its distance from norms, the fourth cell; decay is more than step "
+        "sizes if its effect exceeds that of rates, and more than weaker skips if it exceeds that "
+        "of taps, each by the 95 % interval over paired seeds",
     ),
-    "branch-scaled": "the shortcut matters, not the branch, unless within 2 deviations of decay",
-    "constant": "the ramp matters, not its product alone, unless within 1 deviation of decay",
-    "standard-decay": "decay needs long skips unless this is at least as good as standard",
-    "learned-ramp": "fixed factors are best unless this is better than decay by 2 deviations",
+    "branch-scaled": "the shortcut matters, not the branch, if scaled-sum is above this and above "
+    "skips-only by the 95 % interval over paired seeds",
+    "constant": "the ramp matters, not its product alone, if decay is above this by the 95 % "
+    "interval over paired seeds",
+    "standard-decay": "decay needs long skips if it harms without them, and more than with them, "
+    "each by the 95 % interval over paired seeds",
+    "learned-ramp": "fixed factors are best if decay is above both arms with learned ones by the "
+    "95 % interval over paired seeds",
 }
 
 

@@ -40,7 +40,8 @@ class Comparison:
 
     `before` is the control's metric where it is another one (the untrained net's). A metric is a
     path as in `results.value`; of a list the mean, max, last or largest fall: "max:trained.skip".
-    With a `margin` the claim is that nothing is lost beyond it.
+    With a `margin` the claim is that nothing is lost beyond it. With `bases`, one for the arm and
+    one for the control, what is compared is what each adds to its own; `absolute`: either way.
     """
 
     label: str
@@ -53,22 +54,28 @@ class Comparison:
     margin: float = 0.0
     decides: bool = True
     digits: int = 3
+    bases: tuple[str, ...] = ()
+    absolute: bool = False
 
     @property
     def arms(self) -> tuple[str, ...]:
         """The arms whose records it reads."""
-        return self.arm, self.control
+        return self.arm, self.control, *self.bases
 
     def pairs(self, runs: Runs) -> list[tuple[float, float]]:
         """The arm's number and the control's, one pair a seed that both have."""
-        left, right = (runs.get((self.study, arm), {}) for arm in self.arms)
-        seeds = sorted(left.keys() & right.keys())
+        found = [runs.get((self.study, arm), {}) for arm in self.arms]
+        seeds = sorted(set.intersection(*map(set, found)))
         for s in seeds:
-            if seen_by(left[s]) != seen_by(right[s]):
-                told = f"{self.study}: {self.arm} and {self.control}, seed {s}"
+            if len({repr(seen_by(one[s])) for one in found}) > 1:
+                told = f"{self.study}: {' and '.join(self.arms)}, seed {s}"
                 raise ValueError(f"{told}, must share tier and data to be compared")
-        before = self.before or self.metric
-        return [(number(left[s], self.metric), number(right[s], before)) for s in seeds]
+        metrics = self.metric, self.before or self.metric, *[self.metric] * len(self.bases)
+        read = [[number(one[s], m) for one, m in zip(found, metrics, strict=True)] for s in seeds]
+        if not self.bases:
+            return [(arm, control) for arm, control in read]
+        added = [(arm - base, control - other) for arm, control, base, other in read]
+        return [(abs(a), abs(c)) for a, c in added] if self.absolute else added
 
 
 def seen_by(run: Run) -> tuple[Any, ...]:
@@ -229,7 +236,7 @@ SCHEDULES = ("cosine", "attention-only", "mlp-only", "identity-drop")
 LEARNED = ("learned", "learned-ramp")
 CELLS = ("rates", "taps", "rates-taps", "norms")
 LINKED = (
-    "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS, "standard-decay",
+    "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
     "branch-scaled", *LEARNED, *SCHEDULES, *SWEPT,
 )  # fmt: skip
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
@@ -507,9 +514,18 @@ DECAYED = (
         "Without long skips from the encoder to the decoder, decay does harm.",
         "ablation table",
         "second hand",
-        "`standard-decay`, decay without skips, against `standard` and decay with them",
+        "`standard-decay`, decay without skips, against `standard`; and what decay adds to "
+        "`skips-only` against what it adds to `standard`",
         (
             *(replace(row, sign=-1) for row in rows(SHORT, "standard-decay", ("standard",), KNN)),
+            Comparison(
+                "what decay adds, with skips against without, kNN, last block",
+                "decay",
+                "decay",
+                "standard-decay",
+                KNN[1],
+                bases=("skips-only", "standard"),
+            ),
             *beside("decay", ("standard-decay",), KNN),
         ),
         where="7; 9",
@@ -595,7 +611,7 @@ DECAYED = (
             replace(row, margin=0.02)
             for row in (
                 *rows(MASKED + SHORT, "decay", BOTH, LOSS),
-                *rows((("`alpha-0.1`", "decay", "{}"),), "alpha-0.1", BOTH, LOSS),
+                *beside("alpha-0.1", BOTH, LOSS),
             )
         ),
         note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
@@ -677,10 +693,22 @@ DECAYED = (
         "derived",
         "on the architecture of `skips-only`, with the ε of decay: learning-rate groups on "
         "(`rates`) or off × taps scaled (`taps`) or not; both on (`rates-taps`) is decay, both off "
-        "(`norms`) is `skips-only` but for ε",
+        "(`norms`) is `skips-only` but for ε. An effect is the distance from `norms`, either way",
         (
-            *rows(SHORT + OTHER_SIZES[:1], "decay", ("rates", "taps"), KNN),
-            *rows(SHORT + OTHER_SIZES[:1], "decay", ("rates-taps", "norms"), KNN, beside=True),
+            *(
+                Comparison(
+                    f"{title}, effect of decay beyond that of `{half}`, kNN, last block",
+                    study,
+                    arm.format("decay"),
+                    arm.format(half),
+                    KNN[1],
+                    bases=(arm.format("norms"),) * 2,
+                    absolute=True,
+                )
+                for title, study, arm in SHORT + OTHER_SIZES[:1]
+                for half in ("rates", "taps")
+            ),
+            *rows(SHORT + OTHER_SIZES[:1], "decay", CELLS, KNN, beside=True),
             *beside("norms", ("skips-only",), KNN),
             *beside("rates", ("norms",), KNN),
             *beside("taps", ("norms",), KNN),
