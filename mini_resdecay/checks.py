@@ -510,6 +510,17 @@ CHAPTER_4: dict[str, Exercise] = {
         },
         cases=(_two_stage_case(0, 6), _two_stage_case(1, 5)),
     ),
+    "ex-04-3": Exercise(
+        solution=(1.8, 1.0, 1.6),
+        mistakes={
+            "no-freeze updates a kept block twice: once in each stage.": (1.0, 1.0, 1.6),
+            "random-freeze trains in stage 2 as many blocks as were dropped, whichever they are.": (1.8, 1.8, 1.6),
+            "random-freeze: on average, over masks. A block may get 0, 1 or 2 in one pair.": (1.8, 2.0, 1.6),
+            "two steps of droppath are two chances to be kept.": (1.8, 1.0, 0.8),
+            "you took p for the chance of being kept. It is that of being dropped.": (1.2, 1.0, 0.4),
+        },
+        tolerance=1e-6,
+    ),
     "ex-04-4": Exercise(
         solution="mixture",
         mistakes={
