@@ -972,10 +972,10 @@ CHAPTER_8: dict[str, Exercise] = {
 
 
 def _alpha_min(depth: int, target: float, per_block: int = 2, first: int = 0) -> float:
-    n, low, high = per_block * depth, 0.0, 1.0
+    low, high = 0.0, 1.0
     for _ in range(60):
         a = (low + high) / 2
-        kept = math.prod(1 - (1 - a) * (k + first) / (n - 1 + first) for k in range(n))
+        kept = math.prod(_ramp(depth, a, per_block, first, last=first - 1))
         low, high = (a, high) if kept < target else (low, a)
     return low
 
@@ -1217,28 +1217,27 @@ CHAPTER_10: dict[str, Exercise] = {
 # ---- Chapter 11 ------------------------------------------------------------------------------
 
 
-def _line(n: int, alpha_min: float, last: int | None = None) -> list[float]:
-    return [1 - (1 - alpha_min) * k / (last or n - 1) for k in range(n)]
-
-
 def _u_ramp(depth: int, alpha_min: float) -> list[float]:
-    return _line(2 * (depth + 1), alpha_min)
+    return _ramp(depth + 1, alpha_min)
+
+
+def _half_ramps(depth: int, alpha_min: float) -> tuple[list[float], list[float]]:
+    """A ramp to the middle block's end, and another one over the out blocks."""
+    return _ramp(depth + 2, alpha_min, layers=1), _ramp(depth, alpha_min, layers=1)
 
 
 def _ramp_that_restarts(depth: int, alpha_min: float) -> list[float]:
-    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)
+    down, again = _half_ramps(depth, alpha_min)
+    return down + again
 
 
 def _ramp_that_climbs_back(depth: int, alpha_min: float) -> list[float]:
-    return _line(depth + 2, alpha_min) + _line(depth, alpha_min)[::-1]
+    down, again = _half_ramps(depth, alpha_min)
+    return down + again[::-1]
 
 
 def _ramp_that_waits(depth: int, alpha_min: float) -> list[float]:
-    return _line(depth + 2, alpha_min) + [alpha_min] * depth
-
-
-def _ramp_by_block(depth: int, alpha_min: float) -> list[float]:
-    return [alpha for alpha in _line(depth + 1, alpha_min) for _ in range(2)]
+    return _half_ramps(depth, alpha_min)[0] + [alpha_min] * depth
 
 
 def _fold_join(
@@ -1294,12 +1293,14 @@ CHAPTER_11: dict[str, Exercise] = {
             "it starts again at 1 in the first out block: two ramps in one net. Print the factors and look for the jump.": _ramp_that_restarts,
             "it climbs back to 1 on the way out. Then the last shortcut would be whole.": _ramp_that_climbs_back,
             "it reaches alpha_min in the middle and stays there. It should reach it at the very end.": _ramp_that_waits,
-            "both sub-layers of a block have one factor in yours. The ramp falls within a block, too.": _ramp_by_block,
+            "both sub-layers of a block have one factor in yours. The ramp falls within a block, too.": lambda depth, alpha_min: (
+                _ramp_by_block_twice(depth + 1, alpha_min)
+            ),
             "the block in the middle is missing: depth does not count it.": lambda depth, alpha_min: (
-                _line(2 * depth, alpha_min)
+                _ramp(depth, alpha_min)
             ),
             "the last factor is above alpha_min. How many steps lie between n factors?": lambda depth, alpha_min: (
-                _line(2 * (depth + 1), alpha_min, 2 * (depth + 1))
+                _ramp(depth + 1, alpha_min, last=0)
             ),
         },
         cases=((4, 0.234), (2, 0.5), (12, 0.62)),

@@ -784,10 +784,11 @@ def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step
 
     A look draws nothing: the run is the same with and without it.
     """
+    points = {steps >> k for k in range(4)}
 
     def watched(state: TrainState, batch: Any) -> dict[str, Any]:
         metrics = step(state, batch)
-        if state.step + 1 in {steps >> k for k in range(4)}:
+        if state.step + 1 in points:
             state.history.append({"step": state.step + 1, **look()})
         return metrics
 
