@@ -796,7 +796,7 @@ def test_features_inside_a_denoiser_are_of_its_patches_alone():
 @pytest.fixture
 def little_judge(little_images, monkeypatch):
     """`little_images`, and a judge of them where the book would have it."""
-    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
     return results.read(experiments.run("judge-fashion-mnist", changes=little_images))
 
 
@@ -814,7 +814,7 @@ def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
 
 
 def test_samples_without_a_judge_name_the_command_that_makes_it(little_images, monkeypatch, capsys):
-    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
     arguments = ["run", "diffusion-plain", "--set", *DENOISER, *ROUGH]
     command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out book/results"
     assert main(arguments) == 2
@@ -1029,7 +1029,7 @@ def test_two_processes_write_one_record(tmp_path, launch):
         "from mini_resdecay.__main__ import main\n"
         "sets = {s: data.shapes(n, n)[0] for s, n in (('train', 96), ('test', 60))}\n"
         "experiments.load = lambda name, split, root: sets[split]\n"
-        "results._checkout = lambda: Path('runs')\n"
+        "results.checkout = lambda: Path('runs')\n"
         "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60']\n"
         "cnn, mae = ['widths=8', 'blocks=1'], ['precision=no', 'lr=0.01', *LITTLE]\n"
         "unet = ['precision=no', *DENOISER]\n"
