@@ -409,6 +409,19 @@ _EXPECTS = {
     "and 2 pooled deviations on average: at the usual rate, in long runs at that of their trials",
     "trial": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times the rate whose "
     "knn_held is highest in seed 0; no test image has a say",
+    "trial of a denoiser": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times "
+    "the rate whose held_loss is lowest in seed 0; no test image has a say",
+    "diffusion": "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the "
+    "mean weights without guidance, to 10 000 test images, by the features of one fixed "
+    "classifier. Intervals are 95 % t intervals of differences paired over seeds 0, 1, 2. (1) "
+    "decay minus plain, each at the rate of its trial. Below 0: decay lowers FD here; 0 inside: "
+    "that is falsified at this scale; above 0: so it is, and decay harms. (2) no-skips minus "
+    "plain, at the usual rate. Above 0: long skips lower FD here; 0 inside: not shown; below 0: "
+    "they harm. (3) decay minus rates, beside decay minus plain, all at the usual rate. If decay "
+    "minus plain has 0 inside, there is nothing to explain. Else half of its mean is the bound: "
+    "step sizes explain decay if all of the interval of decay minus rates is nearer to 0 than "
+    "that; they do not if all of it is farther, on the side of decay's effect; else this is open. "
+    "Of all other arms the intervals are reported, and decide nothing",
     "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
     "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
     "at work where that of undamped minus damped excludes 0",
@@ -482,19 +495,6 @@ _GENERATORS: dict[int, dict[str, dict[str, Any]]] = {
 }
 # As `TUNED`, for denoisers: by `held_loss`.
 TUNED_DENOISERS: dict[str, float] = {}
-_GENERATES = (
-    "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean weights "
-    "without guidance, to 10 000 test images, by the features of one fixed classifier. Intervals "
-    "are 95 % t intervals of differences paired over seeds 0, 1, 2. (1) decay minus plain, each at "
-    "the rate of its trial: below 0, decay lowers FD here; around 0, that is falsified at this "
-    "scale; above 0, decay harms. (2) no-skips minus plain, at the usual rate: above 0, long skips "
-    "lower FD here; around 0, not shown; below 0, they harm. (3) decay minus rates, beside decay "
-    "minus plain, all at the usual rate. Does decay minus plain exclude 0? If not, there is "
-    "nothing to explain. If so, half of its mean is the bound: step sizes explain decay if the "
-    "whole interval of decay minus rates is nearer to 0 than that; they do not if all of it is "
-    "farther from 0, on the side of decay's effect; else that is open. Of all other arms the "
-    "intervals are reported, and decide nothing"
-)
 
 
 def _diffusion(
@@ -505,12 +505,11 @@ def _diffusion(
     seeds: tuple[int, ...] = (0, 1, 2),
 ) -> Experiment:
     """An arm of `_GENERATORS`, or its trial with a factor of the learning rate."""
-    trial = _EXPECTS["trial"].replace("knn_held is highest", "held_loss is lowest")
     return Experiment(
         "diffusion", arm,
         _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes, rate=rate),
         "arXiv 2404.10947, U-ViT, on other images and smaller",
-        _GENERATES if rate == 1 else trial,
+        _EXPECTS["diffusion" if rate == 1 else "trial of a denoiser"],
         15, 2.5, seeds, turn, keeps=True,
     )  # fmt: skip
 
@@ -884,11 +883,9 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
 
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
-    most, images = len(train) // (2 if recipe.epochs == 1 else 1), f"{len(train)} images"
-    require(
-        "batch", recipe.batch, recipe.batch <= most,
-        f"be at most {most}, for two batches of {images} in {recipe.epochs} epoch(s)",
-    )  # fmt: skip
+    most = len(train) // (2 if recipe.epochs == 1 else 1)
+    wanted = f"be at most {most} for two batches of {len(train)} images (epochs={recipe.epochs})"
+    require("batch", recipe.batch, recipe.batch <= most, wanted)
     return recipe.epochs * (len(train) // recipe.batch)
 
 
@@ -1266,7 +1263,10 @@ def _diagnose_denoiser(
     found: dict[str, Any] = {
         "rank_entropy": {t: [reuse.rank_entropy(b[:2048]) for _, b in read[t]] for t in read}
     }
-    for name, score in (("knn", _voted), ("probe", reuse.probe_accuracy)):
+    for name, score in {
+        "knn": lambda a, y, b, z: _neighbours((a, b), y, z),
+        "probe": reuse.probe_accuracy,
+    }.items():
         found[name] = {t: [score(a, y, b, asked.labels) for a, b in read[t]] for t in read}
         held = {
             (t, k): score(a[n:], y[n:], a[:n], y[:n])
@@ -1277,10 +1277,6 @@ def _diagnose_denoiser(
         t, k = max(held, key=lambda place: held[place])
         found |= {f"{name}_best": found[name][t][k], f"{name}_place": {"t": int(t), "block": k}}
     return found | _see_denoiser(net, recipe, seed, train, test)
-
-
-def _voted(bank: Tensor, bank_labels: Tensor, asked: Tensor, labels: Tensor) -> float:
-    return _neighbours((bank, asked), bank_labels, labels)
 
 
 def _inside(

@@ -117,9 +117,7 @@ class UViT(nn.Module):
         self.head = nn.Linear(dim, channels * patch_size**2)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.apply(xavier)
-        if (
-            not long_skips
-        ):  # drawn all the same: the other weights are then those of a net with them
+        if not long_skips:  # drawn all the same, so that a seed gives all else the same weights
             self.skips = nn.ModuleList()
         for block in paths(self)[::2]:  # as in the source
             block.branch.get_submodule("qkv").register_parameter("bias", None)
