@@ -1203,7 +1203,7 @@ def _kept_judge(data: str) -> tuple[results.Run, dict[str, Tensor]]:
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"samples of {data} need their judge, made once by: python -m mini_resdecay run "
-            f"judge-{data} --tier t4 --out {results.checkout() or 'book/results'} ({error})"
+            f"judge-{data} --tier t4 --out '{results.checkout() or 'book/results'}' ({error})"
         ) from error
 
 

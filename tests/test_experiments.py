@@ -352,6 +352,15 @@ def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
         assert len({recipe_of(one, tier) for one in DECAY.values()}) == len(DECAY)
 
 
+def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
+    for arm, one in DECAY.items():
+        size, _, what = arm.partition("-")
+        if size in ("deep", "tiny", "long") and what not in experiments._CELLS:
+            assert "at this size or length" in one.expects and "xavier" not in one.expects
+        else:
+            assert "at this size or length" not in one.expects
+
+
 @pytest.mark.parametrize("tier", experiments.TIERS)
 def test_ramps_end_where_the_product_is_in_the_middle_of_the_window(tier):
     for arm in ("decay", "standard-decay", "deep-decay", "rates-taps", "long-rates"):
@@ -742,7 +751,7 @@ def test_a_study_looks_for_all_its_judges_before_its_first_run(tmp_path, monkeyp
     monkeypatch.setattr(experiments, "run", lambda name, **rest: ran.append(name))
     assert main(["run", "diffusion-study", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"run judge-cifar10 --tier t4 --out {book}" in error and not ran
+    assert f"run judge-cifar10 --tier t4 --out '{book}'" in error and not ran
     assert len(experiments.queue("reuse", tmp_path)) == 6  # needs none
 
 
@@ -765,7 +774,8 @@ def test_arms_of_a_seed_start_from_the_same_numbers():
 
 
 def test_a_net_without_classes_is_that_of_the_class():
-    recipe = recipe_of(DIFFUSION["unconditional-decay"], "cpu", [*DENOISER, "zero_init=false"])
+    changes = [*DENOISER, "zero_init=false", "precision=no"]
+    recipe = recipe_of(DIFFUSION["unconditional-decay"], "cpu", changes)
     images = data.shapes(96, 96)[0]
     net = experiments._diffusion_training(recipe, 0, images, cpu=True)[0].net
     other = UViT(32, 8, 16, 2, 2, alpha_min=recipe.alpha_min)
@@ -898,7 +908,7 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
 
 
 def test_samples_of_a_seed_start_from_the_same_noise():
-    recipe = DiffusionRecipe(samples=40, sampling_steps=2, labelled=False)
+    recipe = DiffusionRecipe(samples=40, guided=20, sampling_steps=2, labelled=False)
     silent = [UViT(8, 4, 16, 2, 2, long_skips=s, zero_init=True) for s in (True, False)]
     for net in silent:  # it predicts 0: what it makes is its noise alone
         torch.nn.init.zeros_(net.smooth.bias)
@@ -934,11 +944,11 @@ def little_judge(little_images, monkeypatch):
 
 def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
     test = experiments.load("fashion-mnist", "test", None)
-    judge, digest, real = experiments._judge(DiffusionRecipe(samples=10), test)
+    judge, digest, real = experiments._judge(DiffusionRecipe(samples=20, guided=20), test)
     kept = Path("runs/judge/fashion-mnist-s0.safetensors").read_bytes()
     assert digest == little_judge.metrics["encoder"]["sha256"] == data.sha256(kept)
-    x = data.to_float(test.subset(50, 1).images)
-    assert real.shape == (50, 8)
+    x = data.to_float(test.subset(60, 1).images)
+    assert real.shape == (60, 8)
     with torch.no_grad():
         torch.testing.assert_close(judge.head(real), judge(x), atol=1e-6, rtol=0)
     right = (judge(data.to_float(test.images)).argmax(1) == test.labels).double().mean()
@@ -948,7 +958,7 @@ def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
 def test_samples_without_a_judge_name_the_command_that_makes_it(little_images, monkeypatch, capsys):
     monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
     arguments = ["run", "diffusion-plain", "--set", *DENOISER, *ROUGH]
-    command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out runs "
+    command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out 'runs'"
     assert main(arguments) == 2
     assert command in capsys.readouterr().err
     path = experiments.run("judge-fashion-mnist", changes=little_images)

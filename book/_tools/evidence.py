@@ -206,7 +206,7 @@ RATES = tuple(
 )
 MASKED = (("30 epochs", "mae", "{}"),)
 SHORT = (("15 epochs", "decay", "{}"),)
-MADE = (("class-conditional", "diffusion", "{}"),)
+MADE = (("usual rate", "diffusion", "{}"),)
 OTHERS_MADE = (
     ("unconditional", "diffusion", "unconditional-{}"),
     ("CIFAR-10", "diffusion", "cifar10-{}"),
@@ -647,15 +647,15 @@ DECAYED = (
         "model.",
         "tables",
         "second hand",
-        "`plain`, the same U-shaped transformer with factors of 1, each of the two at that of three "
-        "learning rates with which it has the least loss on held-out images of the train split. "
-        "Beside it, all at the usual rate: `no-skips`, without long skips; `rates`, plain "
+        "`plain`, the same U-shaped transformer with factors of 1; each of the two at that of "
+        "three learning rates with which it has the least loss on held-out images of the train "
+        "split. Beside it, all at the usual rate: `no-skips`, without long skips; `rates`, plain "
         "shortcuts and the learning-rate groups of decay; `scaled-sum`, √½; milder ramps; FD "
         "without classes and of CIFAR-10; kNN and a probe of features inside, at the block and "
         "noise level that a held-out tenth of the bank chooses",
         (
             *rows(
-                (("tuned", "diffusion", "{}"),),
+                (("each at the rate of its trial", "diffusion", "{}"),),
                 tuned("decay", TUNED_DENOISERS),
                 (tuned("plain", TUNED_DENOISERS),),
                 FD,
