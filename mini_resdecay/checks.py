@@ -1174,7 +1174,7 @@ CHAPTER_10: dict[str, Exercise] = {
             "each step still leads to the time *one* below, as if no time were left out. Which time is visited next?": lambda bars, times, var: (
                 _follow(bars, times, var, [t - 1 for t in times])
             ),
-            "right in between, but look at the last step: in Python the entry -1 is the last one, and that is pure noise.": lambda bars, times, var: (
+            "right in between, but look at the last step: in Python the entry -1 is the last one, nearly 0, which throws the image away.": lambda bars, times, var: (
                 _follow(bars, times, var, [times[-1], *times[:-1]])
             ),
             "the end is right: 1 is what belongs to a clean image. The other steps still go down by one time only.": lambda bars, times, var: (
@@ -1183,7 +1183,7 @@ CHAPTER_10: dict[str, Exercise] = {
             "you stop at time 0, where a little noise is left. One more step leads to the image.": lambda bars, times, var: (
                 _follow(bars, times[1:], var, times[:-1])
             ),
-            "the last step wraps around to the end of the table, which is pure noise.": lambda bars, times, var: (
+            "the last step wraps around to the end of the table, and throws the image away.": lambda bars, times, var: (
                 _follow(bars, times, var, [-1, *times[:-1]])
             ),
         },

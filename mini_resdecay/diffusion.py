@@ -29,13 +29,14 @@ def linear_betas(steps: int) -> Tensor:
     Fewer steps add more each, so that the last state is noise too. Source: arXiv 2006.11239.
     """
     scale = 1000 / steps
-    ramp = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
-    return ramp.clamp(max=0.999)
+    ends = 1e-4 * scale, 0.02 * scale
+    return torch.linspace(*ends, steps, dtype=torch.float64).clamp(max=0.999)
 
 
 def cosine_betas(steps: int) -> Tensor:
     """Variances [steps] with which the signal falls as a cosine. Source: arXiv 2102.09672."""
-    part = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008
+    part = torch.arange(steps + 1, dtype=torch.float64) / steps
+    part = (part + 0.008) / 1.008
     left = (part * math.pi / 2).cos().square()
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 
