@@ -998,8 +998,10 @@ def _generative_training(
 ) -> Any:
     """What both kinds of net that make images share; `body` is the part that decays."""
     rule = f"{recipe.shortcut} with alpha_min {recipe.alpha_min:g}"
-    fits = not recipe.rates_as or rule == "plain with alpha_min 1"
-    require("shortcut", rule, fits, "be plain with alpha_min 1 where rates_as is above 0")
+    require(
+        "shortcut", rule, not recipe.rates_as or rule == "plain with alpha_min 1",
+        "be plain with alpha_min 1 where rates_as is above 0",
+    )  # fmt: skip
     ramp = alpha_schedule(len(body.blocks) // 2, recipe.rates_as or 1.0, recipe.kind)
     groups = (
         gain_groups(net, ramp, recipe.lr, recipe.weight_decay, within=body)
