@@ -84,12 +84,16 @@ PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all recipes have in common: counts are at least 1, or 0 where that is the default."""
+    """What all recipes have in common: counts are at least 1, or 0 where that is the default.
+
+    Where it does what a ramp would do (`…_as`), the end of that lies in [0, 1].
+    """
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if type(value) is int and value < (least := min(1, getattr(type(self), name))):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+            require(name, value, not name.endswith("_as") or 0 <= value <= 1, "lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class DiffusionRecipe(Recipe):
     in `MaskedRecipe`; the long skips keep their weight, which decay lets grow against the stream's.
     `samples` are drawn by DDIM and judged, the first `guided` of them at each of `guidances`.
     `measured` images are the bank of the neighbours, half as many are asked.
+    The last tenth of `images`, at most 1000, is not trained on: rates are chosen by the loss there.
     """
 
     data: str = "fashion-mnist"
@@ -208,6 +213,20 @@ class DiffusionRecipe(Recipe):
     measured: int = 4000
     rates_as: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, fits, wanted in (
+            # Later a run needs two images for an FD, and 20 neighbours in nine tenths of the bank.
+            ("images", self.images >= 40, "be at least 40"),
+            ("samples", self.samples >= 20, "be at least 20"),
+            ("guided", 2 <= self.guided <= self.samples, f"be in 2…samples = {self.samples}"),
+            ("measured", self.measured >= 40, "be at least 40"),
+            ("sampling_steps", self.sampling_steps <= 1000, "be in 1…1000"),
+            # Without mean weights the net itself would be measured, which autocasts.
+            ("ema", 0 < self.ema < 1, "lie in (0, 1)"),
+        ):
+            require(name, getattr(self, name), fits, wanted)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -216,7 +235,7 @@ class Experiment:
     `minutes` and `memory_gib`: about what tier t4 takes on two CPU cores that do nothing else.
     Most records were made beside other work and took longer, up to five times.
     `keeps`: of seed 0 the encoder, or the classifier, or 64 samples stay beside the record:
-    `results.encoder_weights` opens them.
+    `results.kept_tensors` opens them.
     """
 
     study: str
@@ -385,8 +404,24 @@ _EXPECTS = {
     "mae": "rule fixed before the runs: decay helps here if its kNN accuracy at the last block is "
     "above that of standard and of skips-only in all seeds, by 1 point and 2 pooled deviations "
     "on average; the best block is reported beside it",
+    "sizes": "rule fixed before the runs: decay helps at this size or length if its kNN accuracy "
+    "at the last block is above that of standard and of skips-only here, in all seeds, by 1 point "
+    "and 2 pooled deviations on average: at the usual rate, in long runs at that of their trials",
     "trial": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times the rate whose "
     "knn_held is highest in seed 0; no test image has a say",
+    "trial of a denoiser": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times "
+    "the rate whose held_loss is lowest in seed 0; no test image has a say",
+    "diffusion": "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the "
+    "mean weights without guidance, to 10 000 test images, by the features of one fixed "
+    "classifier. Intervals are 95 % t intervals of differences paired over seeds 0, 1, 2. (1) "
+    "decay minus plain, each at the rate of its trial. Below 0: decay lowers FD here; 0 inside: "
+    "that is falsified at this scale; above 0: so it is, and decay harms. (2) no-skips minus "
+    "plain, at the usual rate. Above 0: long skips lower FD here; 0 inside: not shown; below 0: "
+    "they harm. (3) decay minus rates, beside decay minus plain, all at the usual rate. If decay "
+    "minus plain has 0 inside, there is nothing to explain. Else half of its mean is the bound: "
+    "step sizes explain decay if all of the interval of decay minus rates is nearer to 0 than "
+    "that; they do not if all of it is farther, on the side of decay's effect; else this is open. "
+    "Of all other arms the intervals are reported, and decide nothing",
     "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
     "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
     "at work where that of undamped minus damped excludes 0",
@@ -443,34 +478,39 @@ _DENOISERS = {
         batch=256, lr=5e-4, dim=256, depth=12, heads=8, ema=0.9999, samples=10_000, guided=2000,
     ),
 }  # fmt: skip
-# What an arm of chapter 12 changes in `DiffusionRecipe`, by turns.
-_GENERATORS: tuple[dict[str, dict[str, Any]], ...] = (
-    {"plain": {}, "no-skips": {"long_skips": False}, "decay": {"alpha_min": WINDOW}},
-    {
+# What an arm of chapter 12 changes in `DiffusionRecipe`, by turns; turn 1 is that of the trials.
+_GENERATORS: dict[int, dict[str, dict[str, Any]]] = {
+    0: {"plain": {}, "no-skips": {"long_skips": False}, "decay": {"alpha_min": WINDOW}},
+    2: {
         "scaled-sum": {"shortcut": "scaled-sum"},
-        "equal-steps": {"rates_as": WINDOW},
+        "rates": {"rates_as": WINDOW},
         **{f"alpha-{a}": {"alpha_min": a} for a in (0.5, 0.7, 0.9)},
     },
-    {
+    3: {
         "unconditional-plain": {"labelled": False},
         "unconditional-decay": {"labelled": False, "alpha_min": WINDOW},
         "cifar10-plain": {"data": "cifar10"},
         "cifar10-decay": {"data": "cifar10", "alpha_min": WINDOW},
     },
-)
+}
+# As `TUNED`, for denoisers: by `held_loss`.
+TUNED_DENOISERS: dict[str, float] = {}
 
 
-def _diffusion(arm: str, changes: Mapping[str, Any], turn: int) -> Experiment:
+def _diffusion(
+    arm: str,
+    turn: int,
+    changes: Mapping[str, Any],
+    rate: float = 1.0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> Experiment:
+    """An arm of `_GENERATORS`, or its trial with a factor of the learning rate."""
     return Experiment(
-        "diffusion", arm, _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes),
+        "diffusion", arm,
+        _tiers(_DENOISERS, (1, 5 if "data" in changes else 7, 200), changes, rate=rate),
         "arXiv 2404.10947, U-ViT, on other images and smaller",
-        "rule fixed before the runs: fd is that of 2000 samples, 50 DDIM steps from the mean "
-        "weights without guidance, to 10 000 test images, by the features of one fixed classifier. "
-        "Decay lowers it here if the 95 % t interval of decay minus plain, paired over seeds 0, 1, "
-        "2, lies below 0; anything else falsifies that at this scale, and above 0 decay harms. "
-        "no-skips is read so too. Step sizes explain decay if equal-steps minus plain excludes 0 "
-        "on the same side and decay minus equal-steps does not exclude 0",
-        15, 2.5, (0, 1, 2), turn, keeps=True,
+        _EXPECTS["diffusion" if rate == 1 else "trial of a denoiser"],
+        15, 2.5, seeds, turn, keeps=True,
     )  # fmt: skip
 
 
@@ -538,14 +578,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             _masked("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0})
             for a in ("decay", *_SWEEP)
         ),
-        *(_masked("deep-{}", a, 4, deeper=2, minutes=12) for a in _RULED),
-        *(_masked("tiny-{}", a, 4, also={"data": "tiny-imagenet-100", "patch": 8}) for a in _RULED),
+        *(_masked("deep-{}", a, 4, "sizes", deeper=2, minutes=12) for a in _RULED),
+        *(
+            _masked("tiny-{}", a, 4, "sizes", also={"data": "tiny-imagenet-100", "patch": 8})
+            for a in _RULED
+        ),
         # The 2 x 2 explains decay, and so has its rate.
         *(
             _masked(
                 "long-{}",
                 a,
                 5,
+                a if a in _CELLS else "sizes",
                 epochs=(12, 90, 800),
                 minutes=45,
                 keeps=a in _RULED,
@@ -556,9 +600,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         *(_judge_of(data) for data in ("fashion-mnist", "cifar10")),
         *(
-            _diffusion(arm, changes, turn)
-            for turn, arms in enumerate(_GENERATORS)
+            _diffusion(arm, turn, changes)
+            for turn, arms in _GENERATORS.items()
             for arm, changes in arms.items()
+        ),
+        *(
+            _diffusion(f"{arm}-lr-{rate:g}", 1, _GENERATORS[0][arm], rate, seeds)
+            for arm in ("plain", "decay")
+            for rate in (0.5, 2.0)
+            for seeds in [(0, 1, 2) if TUNED_DENOISERS.get(arm) == rate else (0,)]
         ),
     )
 }
@@ -574,13 +624,13 @@ def recipe_of(experiment: Experiment, tier: str, changes: Sequence[str] = ()) ->
 
     Raises ValueError for an unknown tier or key, or a value of another type.
     """
-    recipe = experiment.tiers[known("tier", tier, TIERS)]
+    recipe, given = experiment.tiers[known("tier", tier, TIERS)], {}
     for change in changes:
         key, equals, text = change.partition("=")
         require("set", repr(change), bool(equals), "be key=value")
         old = getattr(recipe, known("set", key, [field.name for field in fields(recipe)]))
-        recipe = replace(recipe, **{key: _parse(key, text, old)})
-    return recipe
+        given[key] = _parse(key, text, old)
+    return replace(recipe, **given)  # at once: what fits only together may be given together
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
@@ -606,11 +656,15 @@ def queue(
     """What of a study is not recorded in `out` yet, by turns and seeds: what decides comes first.
 
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
+    Raises ValueError for an unknown study, and if a judge that a run needs is not there.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
     runs = [(one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds]
     runs.sort(key=lambda run: (run[0].turn, run[1]))
-    return [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
+    left = [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
+    for data in sorted({recipe_of(one, "t4").data for one, _ in left if study == "diffusion"}):
+        _kept_judge(data)
+    return left
 
 
 def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:
@@ -742,7 +796,8 @@ def _run_images(
     looked_at = state.ema or state.net, recipe, seed, train, test
     before = diagnose(*looked_at)
     precision = state.accelerator.mixed_precision
-    key = sha256(repr((recipe, precision, seed, train.fingerprint)).encode())
+    judge = [_judge(recipe, test)[1]] if isinstance(recipe, DiffusionRecipe) else []
+    key = sha256(repr((recipe, precision, seed, train.fingerprint, *judge)).encode())
     if resume and (work / "checkpoint.json").exists():
         load_checkpoint(work, state, key)
     if look:
@@ -829,12 +884,10 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
 
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
-    batches = recipe.epochs * (len(train) // recipe.batch)
-    require(
-        "batch", recipe.batch, batches >= 2,
-        f"be at most half of the {len(train)} images a run sees",
-    )  # fmt: skip
-    return batches
+    most = len(train) // (2 if recipe.epochs == 1 else 1)
+    wanted = f"be at most {most} for two batches of {len(train)} images (epochs={recipe.epochs})"
+    require("batch", recipe.batch, recipe.batch <= most, wanted)
+    return recipe.epochs * (len(train) // recipe.batch)
 
 
 def _length(recipe: SpiralRecipe | ImageRecipe, iterations: int) -> tuple[int, int]:
@@ -945,6 +998,11 @@ def _generative_training(
     augment: Any = None,
 ) -> Any:
     """What both kinds of net that make images share; `body` is the part that decays."""
+    rule = f"{recipe.shortcut} with alpha_min {recipe.alpha_min:g}"
+    require(
+        "shortcut", rule, not recipe.rates_as or rule == "plain with alpha_min 1",
+        "be plain with alpha_min 1 where rates_as is above 0",
+    )  # fmt: skip
     ramp = alpha_schedule(len(body.blocks) // 2, recipe.rates_as or 1.0, recipe.kind)
     groups = (
         gain_groups(net, ramp, recipe.lr, recipe.weight_decay, within=body)
@@ -1087,13 +1145,22 @@ def _diffusion_training(
     seed_everything(seed)
     _, channels, side, _ = train.images.shape
     net = UViT(
-        side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels,
-        len(train.classes) if recipe.labelled else None, recipe.shortcut, recipe.alpha_min,
-        recipe.long_skips, recipe.zero_init, kind=recipe.kind,
+        side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels, len(train.classes),
+        recipe.shortcut, recipe.alpha_min, recipe.long_skips, recipe.zero_init, kind=recipe.kind,
     )  # fmt: skip
+    if not recipe.labelled:  # the same numbers as with classes, without their token
+        net.stem.label, net.stem.classes, net.stem.extra = None, 0, 1
+        net.stem.positions = nn.Parameter(net.stem.positions[1:].detach().clone())
     return _generative_training(
-        recipe, seed, train, cpu, net, net, partial(_denoise, recipe, _process(recipe))
+        recipe, seed, _apart(train)[0], cpu, net, net, partial(_denoise, recipe, _process(recipe))
     )
+
+
+def _apart(train: ImageSet) -> list[ImageSet]:
+    """What a denoiser is trained on, and what is held out of the train split: the last of it."""
+    cut = len(train) - min(1000, len(train) // 10)
+    parts = zip(*(part.tensor_split([cut]) for part in (train.images, train.labels)), strict=True)
+    return [replace(train, images=images, labels=labels) for images, labels in parts]
 
 
 def _process(recipe: DiffusionRecipe) -> Diffusion:
@@ -1127,20 +1194,26 @@ def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float
     ])  # fmt: skip
 
 
-@lru_cache(1)
-def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
-    """The fixed classifier, the hash of its file, and its features of the test images.
+def _kept_judge(data: str) -> tuple[results.Run, dict[str, Tensor]]:
+    """Record and weights of the fixed classifier by which all runs on a data set are judged.
 
-    All runs on a data set are judged by the same bytes, those of the book.
+    They are those of the book: the same bytes for all. Raises ValueError, with the command that
+    makes them, if they are not there or are others than recorded.
     """
     try:
-        run = results.load_runs("judge", recipe.data)[0]
-        weights = results.encoder_weights(run)
+        run = results.load_runs("judge", data)[0]
+        return run, results.kept_tensors(run)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"samples of {recipe.data} need their judge, made once by: python -m mini_resdecay run "
-            f"judge-{recipe.data} --tier t4 --out book/results ({error})"
+            f"samples of {data} need their judge, made once by: python -m mini_resdecay run "
+            f"judge-{data} --tier t4 --out '{results.checkout() or 'book/results'}' ({error})"
         ) from error
+
+
+@lru_cache(1)
+def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
+    """The fixed classifier, the hash of its file, and its features of the test images."""
+    run, weights = _kept_judge(recipe.data)
     with torch.device("meta"):  # draws no numbers
         judge = _image_net(
             ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
@@ -1162,35 +1235,51 @@ def _features(judge: nn.Module, images: Tensor) -> Tensor:
 def _see_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, float]:
-    """Loss on test images with fixed noise, and FD of a tenth of the samples."""
-    held = _few(test, 1000)
-    x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
-    loss = _process(recipe).loss(
-        net, x, labels if recipe.labelled else None, drop_label=0.0,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    """Loss on images that it does not train on, with fixed noise; FD of a tenth of the samples."""
+    found = {}
+    for name, held in (("held_loss", _apart(train)[1]), ("test_loss", _few(test, 1000))):
+        x, labels = (part.to(device_of(net)) for part in (to_float(held.images), held.labels))
+        found[name] = _process(recipe).loss(
+            net, x, labels if recipe.labelled else None, drop_label=0.0,
+            generator=torch.Generator().manual_seed(0),
+        ).item()  # fmt: skip
     judge, _, real = _judge(recipe, test)
     few = _features(judge, _draw(net, recipe, seed, recipe.samples // 10))
-    return {"test_loss": loss.item(), "fd_few": frechet_distance(few, real)}
+    return found | {"fd_few": frechet_distance(few, real)}
 
 
 def _diagnose_denoiser(
     net: UViT, recipe: DiffusionRecipe, seed: int, train: ImageSet, test: ImageSet
 ) -> dict[str, Any]:
-    """By noise level: features as in `_diagnose_masked`, of noisy images without their class."""
+    """By noise level: features as in `_diagnose_masked`, of noisy images without their class.
+
+    The best block and level are those that a held-out tenth of the bank chooses.
+    """
     bank, asked = _few(train, recipe.measured), _few(test, recipe.measured // 2)
-    labels, fixed = (bank.labels, asked.labels), torch.Generator().manual_seed(0)
-    found: dict[str, Any] = {"knn": {}, "probe": {}, "rank_entropy": {}}
-    for t in map(str, LEVELS):
-        pair = [_inside(net, recipe, part.images, int(t), fixed) for part in (bank, asked)]
-        found["knn"][t] = [_neighbours(layer, *labels) for layer in zip(*pair, strict=True)]
-        found["probe"][t] = reuse.probe_layers(pair[0], labels[0], pair[1], labels[1])
-        found["rank_entropy"][t] = [reuse.rank_entropy(x[:2048]) for x in pair[1]]
-    best = {
-        f"{name}_best": max(max(layers[1:]) for layers in found[name].values())
-        for name in ("knn", "probe")
+    y, n, fixed = bank.labels, len(bank) // 10, torch.Generator().manual_seed(0)
+    read = {
+        str(t): list(
+            zip(*(_inside(net, recipe, x.images, t, fixed) for x in (bank, asked)), strict=True)
+        )
+        for t in LEVELS
     }
-    return found | best | _see_denoiser(net, recipe, seed, train, test)
+    found: dict[str, Any] = {
+        "rank_entropy": {t: [reuse.rank_entropy(b[:2048]) for _, b in read[t]] for t in read}
+    }
+    for name, score in {
+        "knn": lambda a, y, b, z: _neighbours((a, b), y, z),
+        "probe": reuse.probe_accuracy,
+    }.items():
+        found[name] = {t: [score(a, y, b, asked.labels) for a, b in read[t]] for t in read}
+        held = {
+            (t, k): score(a[n:], y[n:], a[:n], y[:n])
+            for t in read
+            for k, (a, _) in enumerate(read[t])
+            if k  # not of the stem
+        }
+        t, k = max(held, key=lambda place: held[place])
+        found |= {f"{name}_best": found[name][t][k], f"{name}_place": {"t": int(t), "block": k}}
+    return found | _see_denoiser(net, recipe, seed, train, test)
 
 
 def _inside(
@@ -1211,18 +1300,24 @@ def _judged(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """FD of the samples and what to read it by, precision to coverage, guidance; what is kept.
 
-    The floor is that of as many real images; the other one, of half of the train images.
+    The floor is that of as many train images, another that of half of them, on which the judge
+    was trained; `fd_floor_test` is that of one half of the test images to the other. Each FD has
+    a name with the number of images that it is of.
     """
     judge, digest, real = _judge(recipe, test)
     n, read = recipe.samples, partial(_features, judge)
     made = _draw(net, recipe, seed, n)
     features, floor = read(made), read(to_float(train.images[: len(train) // 2]))
     noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-    clouds = {"": features, "_floor": floor[:n], "_floor_half": floor, "_noise": read(noise)}
+    clouds = {
+        "fd": (features, real), "fd_floor": (floor[:n], real), "fd_floor_half": (floor, real),
+        "fd_floor_test": real.tensor_split(2), "fd_noise": (read(noise), real),
+    }  # fmt: skip
+    sizes = {name: len(cloud) for name, (cloud, _) in clouds.items()} | {"fd_few": n // 10}
     found: dict[str, Any] = {
-        "fd_name": f"FD_judge-{recipe.data}@{n}",
+        "fd_name": {name: f"FD_judge-{recipe.data}@{size}" for name, size in sizes.items()},
         "judge": digest,
-        **{f"fd{name}": frechet_distance(cloud, real) for name, cloud in clouds.items()},
+        **{name: frechet_distance(*pair) for name, pair in clouds.items()},
         **overlap(real[:n], features)._asdict(),
     }
     if recipe.labelled:
@@ -1233,6 +1328,7 @@ def _judged(
         ]
         found["guidance"] = {
             "scale": list(recipe.guidances),
+            "fd_name": f"FD_judge-{recipe.data}@{recipe.guided}",
             "fd": [frechet_distance(cloud, real) for cloud in seen],
             "agreement": [_share_right(judge.head(cloud), y) for cloud in seen],
         }

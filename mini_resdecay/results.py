@@ -132,7 +132,7 @@ def recorded(root: str | Path | None = None) -> set[tuple[str, str]]:
 
 
 def _listed(root: str | Path | None) -> tuple[Path | None, list[re.Match[str]]]:
-    folder = _checkout() if root is None else Path(root)
+    folder = checkout() if root is None else Path(root)
     text = INDEX.read_text(encoding="utf-8") if folder is None else index(folder)
     return folder, [line for line in map(LINE.fullmatch, text.splitlines()) if line]
 
@@ -158,20 +158,25 @@ def value(run: Run, metric: str) -> float:
     return float(at)
 
 
-def encoder_weights(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
-    """Weights of the encoder that `run` trained, in float32; kept for seed 0 in half precision.
+def kept_tensors(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
+    """What seed 0 of an arm kept beside its record, in float32 (in the file weights are halves).
 
+    The weights of an encoder or of a classifier, or "samples" [64, C, H, W] in 0…255. Their hash
+    stands in `metrics["encoder"]`, whichever they are, since encoders came first.
     Opened as `load_runs` opens records. Raises ValueError if the run kept none, or if the file is
     not the one that it kept; OSError without network.
     """
     name, kept = f"{run.study}/{run.arm}-s{run.seed}.safetensors", run.metrics.get("encoder")
     if kept is None:
-        raise ValueError(f"run must have kept its encoder, {name} does not exist")
-    folder = _checkout() if root is None else Path(root)
+        raise ValueError(f"run must have kept tensors, {name} does not exist")
+    folder = checkout() if root is None else Path(root)
     content = (folder / name if folder else _fetch(name, kept["sha256"])).read_bytes()
     if sha256(content) != kept["sha256"]:
         raise ValueError(f"{name} is not the file that its run kept: the sha256 does not match")
     return {part: value.float() for part, value in safetensors.torch.load(content).items()}
+
+
+encoder_weights = kept_tensors  # of a run that trained an encoder
 
 
 def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:
@@ -300,8 +305,8 @@ def _hash(content: dict[str, Any]) -> str:
 # ---- where runs are ----
 
 
-def _checkout() -> Path | None:
-    """`book/results` of the checkout that the package or the notebook is in."""
+def checkout() -> Path | None:
+    """`book/results` of the checkout that the package or the notebook is in, where there is one."""
     places = [Path(__file__).parents[1], Path.cwd(), *Path.cwd().parents]
     found = (place / "book/results" for place in places if (place / "mini_resdecay").is_dir())
     return next(filter(Path.is_dir, found), None)

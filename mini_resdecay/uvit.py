@@ -112,12 +112,13 @@ class UViT(nn.Module):
         rules = make_rules(shortcut, alpha_schedule(depth + 1, alpha_min, kind))
         self.stem = Tokens(image_size, patch_size, dim, channels, classes)
         self.blocks = make_blocks(dim, heads, rules, eps)
-        skips = depth // 2 if long_skips else 0
-        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(skips))
+        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.head = nn.Linear(dim, channels * patch_size**2)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.apply(xavier)
+        if not long_skips:  # drawn all the same, so that a seed gives all else the same weights
+            self.skips = nn.ModuleList()
         for block in paths(self)[::2]:  # as in the source
             block.branch.get_submodule("qkv").register_parameter("bias", None)
         if zero_init:

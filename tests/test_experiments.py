@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ REPLAYED = [
     "decay-rates-taps",
     "judge-fashion-mnist",
     "diffusion-plain",
-    "diffusion-equal-steps",
+    "diffusion-rates",
 ]
 MASKED = ["standard", "skips-only", "decay"]
 QUICK = ["depth=3", "width=4", "steps=6"]
@@ -63,7 +64,7 @@ def test_experiment_says_source_expectation_and_cost(name):
     assert len(one.expects) > 20
     assert one.minutes > 0
     assert one.memory_gib > 0
-    alone = one.study == "judge" or (one.study == "decay" and one.turn == 1)  # a trial of a rate
+    alone = one.study == "judge" or "-lr-" in name  # a trial of a rate
     assert len(one.seeds) >= (1 if alone else 3)
     assert tuple(one.tiers) == experiments.TIERS
 
@@ -78,14 +79,25 @@ def test_arms_of_the_spiral_differ_in_one_idea():
 
 
 @pytest.mark.parametrize("tier", experiments.TIERS)
-@pytest.mark.parametrize("net", ["cnn", "vit"])
-@pytest.mark.parametrize("arm", experiments._DECIDING + experiments._CONTROLS)
-def test_arms_of_the_droppath_study_differ_in_the_arm_alone(tier, net, arm):
+@pytest.mark.parametrize(
+    "name", [one.arm for one in EXPERIMENTS.values() if one.study == "droppath"]
+)
+def test_arms_of_the_droppath_study_differ_in_what_they_say(tier, name):
+    parts = r"(fashion-mnist|cifar10)-(cnn|vit)-(.+?)(?:-p(\d+))?(-few)?"
+    images, net, arm, percent, few = re.fullmatch(parts, name).groups()
     base, other = (
-        recipe_of(EXPERIMENTS[f"droppath-fashion-mnist-{net}-{name}"], tier)
-        for name in ("two-stage", arm)
+        recipe_of(EXPERIMENTS[f"droppath-{cell}"], tier)
+        for cell in (f"fashion-mnist-{net}-two-stage", name)
     )
-    assert diff(base, other) == ({} if arm == "two-stage" else {"arm": ("two-stage", arm)})
+    expected = {} if arm == "two-stage" else {"arm": ("two-stage", arm)}
+    if images == "cifar10":
+        expected |= {"data": ("fashion-mnist", "cifar10"), "flips": (False, True)}
+    if percent:
+        expected["p"] = (0.2, int(percent) / 100)
+    if few and tier != "cpu":
+        n = {"t4": 5000, "full": 10_000}[tier]
+        expected |= {"images": (n, n // 10), "epochs": (15, 195)}
+    assert diff(base, other) == expected
 
 
 def test_arms_of_the_spiral_differ_in_the_arm_alone():
@@ -340,6 +352,15 @@ def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
         assert len({recipe_of(one, tier) for one in DECAY.values()}) == len(DECAY)
 
 
+def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
+    for arm, one in DECAY.items():
+        size, _, what = arm.partition("-")
+        if size in ("deep", "tiny", "long") and what not in experiments._CELLS:
+            assert "at this size or length" in one.expects and "xavier" not in one.expects
+        else:
+            assert "at this size or length" not in one.expects
+
+
 @pytest.mark.parametrize("tier", experiments.TIERS)
 def test_ramps_end_where_the_product_is_in_the_middle_of_the_window(tier):
     for arm in ("decay", "standard-decay", "deep-decay", "rates-taps", "long-rates"):
@@ -539,10 +560,23 @@ def test_rates_of_the_arms_are_those_that_won_their_trials():
         assert experiments.TUNED.get(arm, 1.0) == max(held, key=held.get)
 
 
-def test_rates_of_a_decay_need_plain_shortcuts():
-    recipe = MaskedRecipe(arch="paper", alpha_min=0.5, rates_as=0.5, batch=16)
-    with pytest.raises(ValueError, match="paths must have rule Plain"):
-        experiments._masked_training(recipe, 0, data.shapes(96, 96)[0])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"alpha_min": 0.5}, "got plain with alpha_min 0.5"),
+        ({"shortcut": "scaled-sum"}, "got scaled-sum with alpha_min 1"),
+    ],
+)
+def test_rates_of_a_decay_need_plain_shortcuts(changes, told):
+    for kind, prepare in (
+        (MaskedRecipe, experiments._masked_training),
+        (DiffusionRecipe, experiments._diffusion_training),
+    ):
+        recipe = kind(rates_as=0.5, batch=16, **changes)
+        with pytest.raises(ValueError) as error:
+            prepare(recipe, 0, data.shapes(96, 96)[0])
+        wanted = "be plain with alpha_min 1 where rates_as is above 0"
+        assert str(error.value) == f"shortcut must {wanted}, {told}"
 
 
 def test_norms_of_another_ramp_are_damped_as_there():
@@ -618,7 +652,7 @@ def test_encoder_of_a_record_is_checked(little_images):
     other = results.read(
         experiments.run("mae-decay", seed=1, changes=[*changes, "batch=16", *LITTLE])
     )
-    with pytest.raises(ValueError, match="must have kept its encoder, mae/decay-s1"):
+    with pytest.raises(ValueError, match="must have kept tensors, mae/decay-s1"):
         results.encoder_weights(other, "runs")
 
 
@@ -629,7 +663,7 @@ GENERATORS = [
     ("plain", "no-skips", "long_skips"),
     ("plain", "decay", "alpha_min"),
     ("plain", "scaled-sum", "shortcut"),
-    ("plain", "equal-steps", "rates_as"),
+    ("plain", "rates", "rates_as"),
     *(("plain", f"alpha-{alpha}", "alpha_min") for alpha in (0.5, 0.7, 0.9)),
     ("plain", "unconditional-plain", "labelled"),
     ("unconditional-plain", "unconditional-decay", "alpha_min"),
@@ -637,6 +671,7 @@ GENERATORS = [
     ("plain", "cifar10-plain", "data"),
     ("cifar10-plain", "cifar10-decay", "alpha_min"),
     ("decay", "cifar10-decay", "data"),
+    *((arm, f"{arm}-lr-{rate}", "lr") for arm in ("plain", "decay") for rate in ("0.5", "2")),
 ]
 DIFFUSION = {one.arm: one for one in EXPERIMENTS.values() if one.study == "diffusion"}
 # A little U-ViT, and few and rough samples of it.
@@ -650,17 +685,20 @@ def test_arms_of_the_diffusion_study_differ_in_what_they_say(tier, one, other, f
     a, b = (recipe_of(DIFFUSION[arm], tier) for arm in (one, other))
     shorter = ["epochs"] if field == "data" and tier == "t4" else []
     assert list(diff(a, b)) == [field, *shorter]
+    if field == "lr":
+        assert b.lr == float(other.rpartition("-")[2]) * a.lr
 
 
 def test_every_arm_of_the_diffusion_study_has_a_neighbour_and_one_rule():
     assert {arm for pair in GENERATORS for arm in pair[:2]} == set(DIFFUSION)
-    (rule,) = {one.expects for one in DIFFUSION.values()}
-    assert rule.startswith("rule fixed before the runs: ")
+    for trial, word in ((False, "(1) decay minus plain"), (True, "held_loss is lowest")):
+        (rule,) = {one.expects for arm, one in DIFFUSION.items() if ("-lr-" in arm) == trial}
+        assert rule.startswith("rule fixed before the runs: ") and word in rule
 
 
 @pytest.mark.parametrize("tier", experiments.TIERS)
 def test_ramps_of_a_u_vit_count_its_middle_block(tier):
-    for arm in ("decay", "equal-steps", "unconditional-decay", "cifar10-decay"):
+    for arm in ("decay", "rates", "unconditional-decay", "cifar10-decay"):
         recipe = recipe_of(DIFFUSION[arm], tier)
         assert {4: 5, 12: 13}[recipe.depth] == recipe.depth + 1
         end = min(recipe.alpha_min, recipe.rates_as or 1)
@@ -670,15 +708,119 @@ def test_ramps_of_a_u_vit_count_its_middle_block(tier):
     assert end == pytest.approx(0.234 if tier != "full" else 0.619, abs=5e-4)
 
 
-def test_the_diffusion_study_runs_what_decides_first(tmp_path):
+def test_the_diffusion_study_runs_what_decides_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_kept_judge", lambda data: None)
     runs = [(one.arm, seed) for one, seed in experiments.queue("diffusion", tmp_path)]
     turns = [
         ["plain", "no-skips", "decay"],
-        ["scaled-sum", "equal-steps", "alpha-0.5", "alpha-0.7", "alpha-0.9"],
+        ["plain-lr-0.5", "plain-lr-2", "decay-lr-0.5", "decay-lr-2"],
+        ["scaled-sum", "rates", "alpha-0.5", "alpha-0.7", "alpha-0.9"],
         ["unconditional-plain", "unconditional-decay", "cifar10-plain", "cifar10-decay"],
     ]
-    assert runs == [(arm, seed) for arms in turns for seed in (0, 1, 2) for arm in arms]
+    assert runs == [
+        (arm, seed)
+        for arms in turns
+        for seed in (0, 1, 2)
+        for arm in arms
+        if seed in DIFFUSION[arm].seeds
+    ]
     assert all(one.minutes <= 15 for one in DIFFUSION.values())
+
+
+def test_rates_of_the_denoisers_are_those_that_won_their_trials():
+    for arm in ("plain", "decay"):
+        names = {0.5: f"{arm}-lr-0.5", 1.0: arm, 2.0: f"{arm}-lr-2"}
+        paths = {rate: BOOK / "diffusion" / f"{name}-s0.json" for rate, name in names.items()}
+        if not all(path.exists() for path in paths.values()):
+            assert arm not in experiments.TUNED_DENOISERS
+            continue
+        held = {r: results.read(p).metrics["trained"]["held_loss"] for r, p in paths.items()}
+        assert experiments.TUNED_DENOISERS.get(arm, 1.0) == min(held, key=held.get)
+
+
+def test_a_study_looks_for_all_its_judges_before_its_first_run(tmp_path, monkeypatch, capsys):
+    book, asked = tmp_path / "a checkout/book/results", []
+    monkeypatch.setattr(results, "checkout", lambda: book)
+    monkeypatch.setattr(results, "load_runs", lambda study, data: asked.append(data) or [data])
+    monkeypatch.setattr(results, "kept_tensors", lambda run: {})
+    assert len(experiments.queue("diffusion", tmp_path)) == 40
+    assert asked == ["cifar10", "fashion-mnist"]
+    monkeypatch.undo()
+    monkeypatch.setattr(results, "checkout", lambda: book)
+    ran = []
+    monkeypatch.setattr(experiments, "run", lambda name, **rest: ran.append(name))
+    assert main(["run", "diffusion-study", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"run judge-cifar10 --tier t4 --out '{book}'" in error and not ran
+    assert len(experiments.queue("reuse", tmp_path)) == 6  # needs none
+
+
+def test_arms_of_a_seed_start_from_the_same_numbers():
+    images, nets = data.shapes(96, 96)[0], {}
+    for arm in ("plain", "no-skips", "decay", "rates", "unconditional-plain"):
+        recipe = recipe_of(DIFFUSION[arm], "cpu", [*DENOISER, "zero_init=false"])
+        nets[arm] = experiments._diffusion_training(recipe, 3, images, cpu=True)[0].net
+    plain = nets.pop("plain").state_dict()
+    lacking = {arm: plain.keys() - net.state_dict().keys() for arm, net in nets.items()}
+    assert lacking.pop("no-skips") == {"skips.0.weight", "skips.0.bias"}
+    assert lacking.pop("unconditional-plain") == {"stem.label.weight"}
+    assert not any(lacking.values())
+    for arm, net in nets.items():
+        for name, value in net.state_dict().items():
+            same = (
+                plain[name][1:] if (arm[:5], name) == ("uncon", "stem.positions") else plain[name]
+            )
+            assert torch.equal(value, same), (arm, name)
+
+
+def test_a_net_without_classes_is_that_of_the_class():
+    changes = [*DENOISER, "zero_init=false", "precision=no"]
+    recipe = recipe_of(DIFFUSION["unconditional-decay"], "cpu", changes)
+    images = data.shapes(96, 96)[0]
+    net = experiments._diffusion_training(recipe, 0, images, cpu=True)[0].net
+    other = UViT(32, 8, 16, 2, 2, alpha_min=recipe.alpha_min)
+    other.load_state_dict(net.state_dict())
+    assert list(dict(net.named_parameters())) == list(dict(other.named_parameters()))
+    x, t = torch.randn(3, 3, 32, 32), torch.tensor([1, 20, 900])
+    assert torch.equal(net(x, t), other(x, t)) and net.stem.extra == other.stem.extra
+    with pytest.raises(ValueError, match="y must be None"):
+        net(x, t, torch.tensor([0, 1, 2]))
+
+
+def test_held_out_images_are_not_trained_on():
+    images = data.ImageSet(
+        torch.arange(96).byte()[:, None, None, None].expand(96, 1, 8, 8), torch.arange(96) % 2,
+        ("even", "odd"), "toy", "train",
+    )  # fmt: skip
+    recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, "epochs=9"])
+    _, batches, _ = experiments._diffusion_training(recipe, 0, images, cpu=True)
+    seen = {int(value) for batch, _ in batches for value in batch[:, 0, 0, 0]}
+    used, held = experiments._apart(images)
+    assert seen == set(range(87)) == set(used.images[:, 0, 0, 0].tolist())
+    assert held.images[:, 0, 0, 0].tolist() == list(range(87, 96))
+    assert torch.equal(held.labels, images.labels[87:])
+
+
+def test_block_and_level_are_chosen_without_test_images(little_judge, monkeypatch):
+    """Features that say the class at one place in the bank, and at another in the test images."""
+    train, test = (experiments.load("fashion-mnist", split, None) for split in ("train", "test"))
+    recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, *ROUGH])
+    bank = train.subset(80, 1)
+
+    def inside(net, recipe, images, level, fixed):
+        of_bank = len(images) == 80
+        labels = (bank if of_bank else test.subset(40, 1)).labels
+        informed, noise = (300, 2) if of_bank else (100, 1), torch.Generator().manual_seed(level)
+        told = [torch.randn(len(labels), 8, generator=noise) for _ in range(4)]
+        told[informed[1]] += 9 * torch.eye(8)[labels] * (level == informed[0])
+        return told
+
+    monkeypatch.setattr(experiments, "_inside", inside)
+    net = UViT(32, 8, 16, 2, 2, classes=len(train.classes))
+    found = experiments._diagnose_denoiser(net, recipe, 0, train, test)
+    for name in ("knn", "probe"):
+        assert found[f"{name}_place"] == {"t": 300, "block": 2}
+        assert found[f"{name}_best"] == found[name]["300"][2]
 
 
 def denoising_losses(recipe, images, change=lambda net: None):
@@ -696,7 +838,7 @@ def test_D03_equal_steps_are_decay_but_for_the_long_skips_and_the_norms(skips, m
     monkeypatch.setattr(experiments, "to_float", lambda x: data.to_float(x).double())
     changes = [*DENOISER, "depth=4", "epochs=6", "lr=0.005", "precision=no", f"long_skips={skips}"]
     images = data.shapes(96, 96)[0]
-    decay, steps = (recipe_of(DIFFUSION[a], "t4", changes) for a in ("decay", "equal-steps"))
+    decay, steps = (recipe_of(DIFFUSION[a], "t4", changes) for a in ("decay", "rates"))
     alphas = alpha_schedule(5, decay.alpha_min)
     kept = [effective_alpha(alphas[:k]) for k in range(11)]
 
@@ -766,7 +908,7 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
 
 
 def test_samples_of_a_seed_start_from_the_same_noise():
-    recipe = DiffusionRecipe(samples=40, sampling_steps=2, labelled=False)
+    recipe = DiffusionRecipe(samples=40, guided=20, sampling_steps=2, labelled=False)
     silent = [UViT(8, 4, 16, 2, 2, long_skips=s, zero_init=True) for s in (True, False)]
     for net in silent:  # it predicts 0: what it makes is its noise alone
         torch.nn.init.zeros_(net.smooth.bias)
@@ -796,17 +938,17 @@ def test_features_inside_a_denoiser_are_of_its_patches_alone():
 @pytest.fixture
 def little_judge(little_images, monkeypatch):
     """`little_images`, and a judge of them where the book would have it."""
-    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
     return results.read(experiments.run("judge-fashion-mnist", changes=little_images))
 
 
 def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
     test = experiments.load("fashion-mnist", "test", None)
-    judge, digest, real = experiments._judge(DiffusionRecipe(samples=10), test)
+    judge, digest, real = experiments._judge(DiffusionRecipe(samples=20, guided=20), test)
     kept = Path("runs/judge/fashion-mnist-s0.safetensors").read_bytes()
     assert digest == little_judge.metrics["encoder"]["sha256"] == data.sha256(kept)
-    x = data.to_float(test.subset(50, 1).images)
-    assert real.shape == (50, 8)
+    x = data.to_float(test.subset(60, 1).images)
+    assert real.shape == (60, 8)
     with torch.no_grad():
         torch.testing.assert_close(judge.head(real), judge(x), atol=1e-6, rtol=0)
     right = (judge(data.to_float(test.images)).argmax(1) == test.labels).double().mean()
@@ -814,9 +956,9 @@ def test_the_judge_is_the_kept_classifier_up_to_its_head(little_judge):
 
 
 def test_samples_without_a_judge_name_the_command_that_makes_it(little_images, monkeypatch, capsys):
-    monkeypatch.setattr(results, "_checkout", lambda: Path("runs"))
+    monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
     arguments = ["run", "diffusion-plain", "--set", *DENOISER, *ROUGH]
-    command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out book/results"
+    command = "python -m mini_resdecay run judge-fashion-mnist --tier t4 --out 'runs'"
     assert main(arguments) == 2
     assert command in capsys.readouterr().err
     path = experiments.run("judge-fashion-mnist", changes=little_images)
@@ -836,7 +978,13 @@ def test_denoiser_is_recorded_with_its_samples(little_judge, arm, monkeypatch, c
     before, after = run.metrics["init"], run.metrics["trained"]
     assert before["test_loss"] == pytest.approx(1, abs=0.02)
     assert 0 < after["test_loss"] < before["test_loss"]
-    assert after["fd_name"] == "FD_judge-fashion-mnist@100"
+    numbers = {"fd": 100, "fd_floor": 48, "fd_floor_half": 48, "fd_floor_test": 30}
+    assert after["fd_name"] == {
+        name: f"FD_judge-fashion-mnist@{n}"
+        for name, n in (numbers | {"fd_noise": 100, "fd_few": 10}).items()
+    }
+    assert 0 < after["fd_floor_test"] < after["fd_noise"]
+    assert 0 < after["held_loss"] < before["held_loss"] == pytest.approx(1, abs=0.05)
     assert after["judge"] == little_judge.metrics["encoder"]["sha256"]
     assert 0 < after["fd_floor"] < min(after["fd"], after["fd_noise"])
     assert after["fd_floor"] == pytest.approx(after["fd_floor_half"])  # 48 images are half of all
@@ -844,15 +992,20 @@ def test_denoiser_is_recorded_with_its_samples(little_judge, arm, monkeypatch, c
     for name in ("knn", "probe", "rank_entropy"):
         assert list(after[name]) == ["50", "100", "300", "600"]
         assert {len(layers) for layers in after[name].values()} == {4}  # the stem, three blocks
-    assert after["knn_best"] == max(max(layers[1:]) for layers in after["knn"].values())
-    assert run.metrics["over_time"]["step"] == [6, 12, 24, 48]
+    for name in ("knn", "probe"):
+        place = after[f"{name}_place"]
+        assert place["block"] in (1, 2, 3)
+        assert after[f"{name}_best"] == after[name][str(place["t"])][place["block"]]
+    assert run.metrics["over_time"]["step"] == [5, 10, 20, 40]
+    assert run.metrics["over_time"]["held_loss"][-1] == pytest.approx(after["held_loss"], rel=0.05)
     assert run.metrics["over_time"]["fd_few"][-1] == pytest.approx(after["fd_few"], rel=0.2)
     if arm == "decay":
         assert after["guidance"]["scale"] == [1, 1.5, 2, 3]
+        assert after["guidance"]["fd_name"] == "FD_judge-fashion-mnist@50"
         assert len(after["guidance"]["fd"]) == len(after["guidance"]["agreement"]) == 4
     else:
         assert "guidance" not in after
-    samples = results.encoder_weights(run)["samples"]
+    samples = results.kept_tensors(run)["samples"]
     assert samples.shape == (64, 3, 32, 32) and 0 <= samples.min() < samples.max() <= 255
     assert len(run.first_losses) == 5 and run.device.endswith(", bf16")
     # Who looks changes nothing.
@@ -868,7 +1021,7 @@ def test_denoiser_is_recorded_with_its_samples(little_judge, arm, monkeypatch, c
 
 
 def test_killed_denoiser_goes_on_from_its_checkpoint_to_the_same_record(little_judge, monkeypatch):
-    changes = [*DENOISER, *ROUGH, "batch=4", "epochs=5"]
+    changes = [*DENOISER, *ROUGH, "batch=4", "epochs=6"]
     whole = results.read(experiments.run("diffusion-decay", out="whole", changes=changes))
     real, seen = experiments._denoise, []
 
@@ -883,6 +1036,10 @@ def test_killed_denoiser_goes_on_from_its_checkpoint_to_the_same_record(little_j
         experiments.run("diffusion-decay", out="cut", changes=changes)
     monkeypatch.setattr(experiments, "_denoise", real)
     assert seen[-1] == 110 and not list(Path("cut").glob("*/*.json"))
+    with monkeypatch.context() as other, pytest.raises(ValueError, match="another experiment"):
+        judge = experiments._judge
+        other.setattr(experiments, "_judge", lambda *a: (judge(*a)[0], "else", judge(*a)[2]))
+        experiments.run("diffusion-decay", out="cut", resume=True, changes=changes)
     fit, begun = experiments.fit, []
     monkeypatch.setattr(
         experiments, "fit", lambda state, *a, **k: begun.append(state.step) or fit(state, *a, **k)
@@ -979,13 +1136,38 @@ def test_stopped_run_leaves_its_checkpoint_to_its_own_recipe(little_images, monk
         ("reuse-cifar10", "batch=0", "batch must be at least 1, got 0"),
         ("mae-decay", "tuned_images=-1", "tuned_images must be at least 0, got -1"),
         ("reuse-cifar10", "epochs=0", "epochs must be at least 1, got 0"),
-        ("reuse-cifar10", "batch=97", "batch must be at most half of the 96 images"),
+        (
+            "reuse-cifar10",
+            "batch=97",
+            "batch must be at most 96 for two batches of 96 images (epochs=2), got 97",
+        ),
+        ("mae-decay", "rates_as=2", "rates_as must lie in [0, 1], got 2.0"),
+        ("mae-decay", "norms_as=-0.1", "norms_as must lie in [0, 1], got -0.1"),
+        ("diffusion-rates", "rates_as=1.5", "rates_as must lie in [0, 1], got 1.5"),
+        ("diffusion-plain", "images=30", "images must be at least 40, got 30"),
+        ("diffusion-plain", "samples=9", "samples must be at least 20, got 9"),
+        ("diffusion-plain", "guided=101", "guided must be in 2…samples = 100, got 101"),
+        ("diffusion-plain", "guided=1", "guided must be in 2…samples = 100, got 1"),
+        ("diffusion-plain", "measured=39", "measured must be at least 40, got 39"),
+        ("diffusion-plain", "sampling_steps=1001", "sampling_steps must be in 1…1000, got 1001"),
+        ("diffusion-plain", "ema=0", "ema must lie in (0, 1), got 0.0"),
+        ("diffusion-plain", "ema=1", "ema must lie in (0, 1), got 1.0"),
     ],
 )
 def test_recipe_that_trains_nothing_is_one_line(name, change, message, little_images, capsys):
     images = little_images if name.startswith("reuse") else []
     assert main(["run", name, "--set", *images, change]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_epoch_needs_batches_of_half_of_the_images(little_images, capsys):
+    assert main(["run", "reuse-cifar10", "--set", *little_images, "epochs=1", "batch=49"]) == 2
+    assert "batch must be at most 48 for two batches of 96 images" in capsys.readouterr().err
+
+
+def test_changes_that_fit_only_together_are_made_together():
+    recipe = recipe_of(EXPERIMENTS["diffusion-plain"], "t4", ["samples=100", "guided=50"])
+    assert (recipe.samples, recipe.guided) == (100, 50)
 
 
 def test_change_without_a_value_says_how_to_write_one(capsys):
@@ -1029,7 +1211,7 @@ def test_two_processes_write_one_record(tmp_path, launch):
         "from mini_resdecay.__main__ import main\n"
         "sets = {s: data.shapes(n, n)[0] for s, n in (('train', 96), ('test', 60))}\n"
         "experiments.load = lambda name, split, root: sets[split]\n"
-        "results._checkout = lambda: Path('runs')\n"
+        "results.checkout = lambda: Path('runs')\n"
         "changes = ['batch=16', 'epochs=1', 'images=96', 'measured=60']\n"
         "cnn, mae = ['widths=8', 'blocks=1'], ['precision=no', 'lr=0.01', *LITTLE]\n"
         "unet = ['precision=no', *DENOISER]\n"

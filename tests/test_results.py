@@ -270,7 +270,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
     (tmp_path / "index").write_text(index(folder))
     monkeypatch.setattr(results, "INDEX", tmp_path / "index")
-    monkeypatch.setattr(results, "_checkout", lambda: None)
+    monkeypatch.setattr(results, "checkout", lambda: None)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     monkeypatch.setenv("MINI_RESDECAY_CACHE", str(tmp_path / "cache"))
     return {"served": served, "asked": asked}

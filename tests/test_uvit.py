@@ -186,6 +186,16 @@ def test_zero_init_starts_with_silent_branches_and_a_flat_prediction():
     torch.testing.assert_close(net(x, t), expected, atol=1e-15, rtol=0)
 
 
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_seed_gives_nets_without_long_skips_the_same_weights(classes):
+    with_skips, without = (small(False, 0.0, classes=classes, long_skips=k) for k in (True, False))
+    all_weights, weights = with_skips.state_dict(), without.state_dict()
+    assert all_weights.keys() - weights.keys() == {
+        f"skips.{k}.{name}" for k in range(2) for name in ("weight", "bias")
+    }
+    assert all(torch.equal(all_weights[name], value) for name, value in weights.items())
+
+
 def test_every_weight_learns():
     net, (x, t, y) = small(classes=5), inputs()
     net(x, t, y).square().sum().backward()
