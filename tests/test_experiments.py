@@ -327,11 +327,15 @@ NEIGHBOURS = [
     ("decay", "learned-ramp", "shortcut"),
     ("decay", "identity-drop", "shortcut"),
     ("decay", "decay-undamped", "norms_as"),
-    *((one, f"{one}-undamped", "norms_as") for one in experiments._SWEEP),
-    *(("decay", one, "alpha_min") for one in experiments._SWEEP),
-    *((one, f"{one}-lr-{rate}", "lr") for one in experiments._TRIED for rate in ("0.5", "2")),
+    *((one, f"{one}-undamped", "norms_as") for one in experiments.SWEEP[:2]),
+    *(("decay", one, "alpha_min") for one in experiments.SWEEP),
+    *(
+        (one, f"{one}-lr-{rate}", "lr")
+        for one in experiments.RULED
+        for rate in ("0.25", "0.5", "2")
+    ),
     *((one, f"long-{one}", "epochs tuned_images") for one in MASKED),
-    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments._CELLS)),
+    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments.CELLS)),
     *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
@@ -355,7 +359,7 @@ def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
 def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
     for arm, one in DECAY.items():
         size, _, what = arm.partition("-")
-        if size in ("deep", "tiny", "long") and what not in experiments._CELLS:
+        if size in ("deep", "tiny", "long") and what not in experiments.CELLS:
             assert "at this size or length" in one.expects and "xavier" not in one.expects
         else:
             assert "at this size or length" not in one.expects
@@ -376,7 +380,7 @@ def test_ramps_end_where_the_product_is_in_the_middle_of_the_window(tier):
 def test_the_decay_study_runs_what_decides_first(tmp_path):
     runs = [(one.arm, seed) for one, seed in experiments.queue("decay", tmp_path)]
     assert len(runs) == len(set(runs)) == sum(len(one.seeds) for one in DECAY.values())
-    deciding = [*experiments._TRIED, *experiments._CELLS]
+    deciding = list(experiments._FIRST)
     assert runs[:30] == [(arm, seed) for seed in (0, 1, 2) for arm in deciding]
     assert runs[30:36] == [(arm, seed) for seed in (3, 4) for arm in MASKED]
     order = [DECAY[arm].turn for arm, _ in runs]
@@ -550,8 +554,8 @@ def test_each_tenth_of_the_bank_is_asked_once_and_never_of_itself(monkeypatch):
 
 
 def test_rates_of_the_arms_are_those_that_won_their_trials():
-    for arm in experiments._TRIED:
-        names = {0.5: f"{arm}-lr-0.5", 1.0: arm, 2.0: f"{arm}-lr-2"}
+    for arm in experiments.RULED:
+        names = {1.0: arm} | {rate: f"{arm}-lr-{rate:g}" for rate in (0.25, 0.5, 2.0)}
         paths = {rate: BOOK / "decay" / f"{name}-s0.json" for rate, name in names.items()}
         if not all(path.exists() for path in paths.values()):
             assert arm not in experiments.TUNED

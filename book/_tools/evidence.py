@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mini_resdecay import REPO, __version__, results
-from mini_resdecay.experiments import EXPERIMENTS, TUNED, TUNED_DENOISERS
+from mini_resdecay.experiments import CELLS, EXPERIMENTS, SWEEP, TUNED, TUNED_DENOISERS
 from mini_resdecay.results import Interval, Run
 
 BOOK = Path(__file__).resolve().parents[1]
@@ -238,14 +238,12 @@ RANK = ("rank entropy", "last:trained.rank_entropy", -1)
 CENTRED = ("rank entropy, centred", "last:trained.rank_entropy_centred", -1)
 # Arms.
 BOTH = ("standard", "skips-only")
-SWEPT = tuple(f"alpha-{a}" for a in (0.1, 0.2, 0.5, 0.7, 0.85, 0.95))
 SCHEDULES = ("cosine", "attention-only", "mlp-only", "identity-drop")
 LEARNED = ("learned", "learned-ramp")
-CELLS = ("rates", "taps", "rates-taps", "norms")
 BESIDE_MADE = ("no-skips", "rates", "scaled-sum", "alpha-0.5", "alpha-0.7", "alpha-0.9")
 LINKED = (
     "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
-    "branch-scaled", *LEARNED, *SCHEDULES, *SWEPT,
+    "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP,
 )  # fmt: skip
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 
@@ -278,7 +276,7 @@ def rows(
     )
 
 
-def beside(
+def extra(
     arm: str, controls: Sequence[str], *measures: tuple[str, str, int]
 ) -> tuple[Comparison, ...]:
     """Rows of the study `decay` that do not decide and name their arm."""
@@ -493,7 +491,7 @@ DECAYED = (
         "`skips-only` and decay; one architecture",
         (
             *rows(SHORT, "scaled-sum", ("skips-only", "branch-scaled"), KNN),
-            *beside("branch-scaled", ("skips-only", "decay"), KNN),
+            *extra("branch-scaled", ("skips-only", "decay"), KNN),
             *rows(SHORT, "scaled-sum", ("decay",), KNN, RANK, LOSS, beside=True),
             *rows(OTHER_SIZES[:1], "scaled-sum", ("skips-only", "decay"), KNN, beside=True),
         ),
@@ -534,7 +532,7 @@ DECAYED = (
                 KNN[1],
                 bases=("skips-only", "standard"),
             ),
-            *beside("decay", ("standard-decay",), KNN),
+            *extra("decay", ("standard-decay",), KNN),
         ),
         where="7; 9",
     ),
@@ -561,8 +559,8 @@ DECAYED = (
         "decay, whose product is in the window, against other last factors; with the ε of norms as "
         "it is and, *undamped*, rescaled",
         (
-            *rows(SHORT, "decay", SWEPT, KNN),
-            *rows((("undamped", "decay", "{}-undamped"),), "decay", SWEPT, KNN, beside=True),
+            *rows(SHORT, "decay", SWEEP, KNN),
+            *rows((("undamped", "decay", "{}-undamped"),), "decay", SWEEP[:2], KNN, beside=True),
             *rows(SHORT, "decay", ("decay-undamped",), KNN, LOSS, beside=True),
         ),
         needs="a sweep at another depth",
@@ -619,7 +617,7 @@ DECAYED = (
             replace(row, margin=0.02)
             for row in (
                 *rows(MASKED + SHORT, "decay", BOTH, LOSS),
-                *beside("alpha-0.1", BOTH, LOSS),
+                *extra("alpha-0.1", BOTH, LOSS),
             )
         ),
         note="On digits and on the spiral, chapter 5 shows live where it breaks: at Adam's ϵ "
@@ -635,7 +633,7 @@ DECAYED = (
         "`learned`, factors learned from 1, and `learned-ramp`, from the ramp",
         (
             *rows(SHORT, "decay", LEARNED, KNN),
-            *beside("learned", ("skips-only",), KNN, RANK),
+            *extra("learned", ("skips-only",), KNN, RANK),
         ),
         needs="weight decay on the factors, on and off",
         where="9",
@@ -743,9 +741,9 @@ DECAYED = (
                 for half in ("rates", "taps")
             ),
             *rows(SHORT + OTHER_SIZES[:1], "decay", CELLS, KNN, beside=True),
-            *beside("norms", ("skips-only",), KNN),
-            *beside("rates", ("norms",), KNN),
-            *beside("taps", ("norms",), KNN),
+            *extra("norms", ("skips-only",), KNN),
+            *extra("rates", ("norms",), KNN),
+            *extra("taps", ("norms",), KNN),
         ),
         note="E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
