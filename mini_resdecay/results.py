@@ -200,9 +200,15 @@ def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
 
 
 def versus(a: Sequence[Run], b: Sequence[Run], metric: str) -> str:
-    """`compare` in words, over the seeds that both arms have: "n=3 +0.206±0.068*"."""
+    """`compare` in words, over the seeds that both arms have: "n=3 +0.206±0.068* (0.087)".
+
+    The number in brackets is the smallest effect that they could show.
+    """
     left, right = _shared(a, b)
-    return f"n={len(left)} {compare(left, right, metric) if len(left) > 1 else 'no interval'}"
+    if len(left) < 2:
+        return f"n={len(left)} no interval"
+    gap = compare(left, right, metric)
+    return f"n={len(left)} {gap} ({gap.smallest_effect:.3f})"
 
 
 def decided(a: Sequence[Run], b: Sequence[Run], metric: str, points: float = 0.01) -> bool:

@@ -439,7 +439,9 @@ def test_paired_interval_refuses(a: list, b: list, message: str) -> None:
 
 def test_versus_takes_the_seeds_that_both_arms_have() -> None:
     a, b = with_metric([1.0, 2.0, 4.0], "plain"), with_metric([0.0, 1.5], "decay", first=1)
-    assert versus(a, b, "test.accuracy") == f"n=2 {paired_interval([2, 4], [0, 1.5])}"
+    gap = paired_interval([2, 4], [0, 1.5])
+    told = f"n=2 {gap} ({gap.smallest_effect:.3f})"
+    assert versus(a, b, "test.accuracy") == told and gap.smallest_effect > gap.half_width
     assert versus(a, b[:1], "test.accuracy") == "n=1 no interval"
 
 
