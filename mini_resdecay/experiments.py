@@ -406,7 +406,7 @@ _EXPECTS = {
     "on average; the best block is reported beside it",
     "sizes": "rule fixed before the runs: decay helps at this size or length if its kNN accuracy "
     "at the last block is above that of standard and of skips-only here, in all seeds, by 1 point "
-    "and 2 pooled deviations on average: at the usual rate, in long runs at that of their trials",
+    "and 2 pooled deviations on average: all at one rate, in long runs each at that of its trial",
     "trial": "rule fixed before the runs: an arm takes that of 1/4, 1/2, 1 and 2 times the rate "
     "whose knn_held is highest in seed 0; no test image has a say",
     "trial of a denoiser": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times "
@@ -580,6 +580,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             _masked("tiny-{}", a, 4, "sizes", also={"data": "tiny-imagenet-100", "patch": 8})
             for a in RULED
         ),
+        *(_masked("steps-{}", a, 4, "sizes", also={"batch": 64}, rate=0.5) for a in RULED),
         # The 2 x 2 explains decay, and so has its rate.
         *(
             _masked(
