@@ -393,7 +393,7 @@ SWEEP = tuple(arm for arm in _ARMS if arm.startswith("alpha"))
 _FIRST = (*RULED, "standard-xavier", "scaled-sum", "constant", *CELLS)
 # Arms whose trial another rate won than the usual one, with its factor: by `knn_held` of seed 0,
 # tier t4. A new entry makes the queue longer: stop all parts of it before.
-TUNED: dict[str, float] = {}
+TUNED: dict[str, float] = {"decay": 0.25}
 
 # What is asked of kNN accuracy at the last block, by arm or by group of arms; of others, "decay".
 _EXPECTS = {
@@ -467,7 +467,7 @@ def _masked(
         _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, rate),
         "arXiv 2404.10947, masked autoencoders, on other images",
         _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
-        minutes, 3.5, seeds, turn, keeps,
+        minutes, 1.5 + 2 * deeper, seeds, turn, keeps,
     )  # fmt: skip
 
 

@@ -334,8 +334,14 @@ NEIGHBOURS = [
         for one in experiments.RULED
         for rate in ("0.25", "0.5", "2")
     ),
-    *((one, f"long-{one}", "epochs tuned_images") for one in MASKED),
-    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments.CELLS)),
+    *(
+        (one, f"long-{one}", f"epochs {'lr ' * (one in experiments.TUNED)}tuned_images")
+        for one in MASKED
+    ),
+    *(
+        (one, f"long-{one}", "epochs" + " lr" * ("decay" in experiments.TUNED))
+        for one in ("scaled-sum", *experiments.CELLS)
+    ),
     *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
