@@ -682,7 +682,8 @@ def run(
     """Run one seed of an experiment and write its result to `out/<study>/<arm>-s<seed>.json`.
 
     `data` is the folder of image sets. With `resume`, a recorded run is left as it is, and one
-    that was stopped goes on from its checkpoint in `out/unfinished`.
+    on images that was stopped goes on from its checkpoint in `out/unfinished`; without, a line
+    says that a record will be replaced.
     Raises ValueError for unknown names and values, and if `out` holds this run with another
     recipe.
     """
@@ -692,13 +693,13 @@ def run(
     described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
     if path.exists():
-        # A field that came later than the record had its default then.
-        old = _plain(asdict(type(recipe)())) | results.read(path).recipe
+        old = _settings(results.read(path), recipe)
         if changed := {k: (old[k], described.get(k)) for k in old if old[k] != described.get(k)}:
             told = f"{path} has {changed}, recorded and asked for"
             raise ValueError(f"out must not hold this run with other settings: {told}")
         if resume:
             return path
+        PartialState().print(f"{path} is there and will be replaced; --resume keeps it", flush=True)
     work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
     keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
@@ -715,6 +716,20 @@ def run(
         results.write(record, out)
         shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def made_with(run: results.Run) -> str:
+    """The tier of a record and each setting that is not that tier's: "tier=cpu, depth=4"."""
+    recipe = recipe_of(get(f"{run.study}-{run.arm}"), run.recipe.get("tier", ""))
+    usual = _plain(asdict(recipe))
+    return ", ".join(
+        f"{k}={v}" for k, v in _settings(run, recipe).items() if (k, v) not in usual.items()
+    )
+
+
+def _settings(run: results.Run, recipe: Any) -> dict[str, Any]:
+    """All of a record's recipe, the tier first; a field that came later had its default then."""
+    return {"tier": "", **_plain(asdict(type(recipe)())), **run.recipe}
 
 
 # ---- the spiral ------------------------------------------------------------------------------
