@@ -560,15 +560,21 @@ def test_each_tenth_of_the_bank_is_asked_once_and_never_of_itself(monkeypatch):
     assert sorted(asked) == list(range(50))
 
 
-def test_rates_of_the_arms_are_those_that_won_their_trials():
-    for arm in experiments.RULED:
-        names = {1.0: arm} | {rate: f"{arm}-lr-{rate:g}" for rate in (0.25, 0.5, 2.0)}
-        paths = {rate: BOOK / "decay" / f"{name}-s0.json" for rate, name in names.items()}
+def assert_winners(study, arms, rates, measure, best, won):
+    """The factors in `won` are those of the trials, and only of arms with all trials recorded."""
+    for arm in arms:
+        names = {1.0: arm} | {rate: f"{arm}-lr-{rate:g}" for rate in rates}
+        paths = {rate: BOOK / study / f"{name}-s0.json" for rate, name in names.items()}
         if not all(path.exists() for path in paths.values()):
-            assert arm not in experiments.TUNED
+            assert arm not in won
             continue
-        held = {r: results.read(p).metrics["trained"]["knn_held"] for r, p in paths.items()}
-        assert experiments.TUNED.get(arm, 1.0) == max(held, key=held.get)
+        held = {r: results.read(p).metrics["trained"][measure] for r, p in paths.items()}
+        assert won.get(arm, 1.0) == best(held, key=held.get)
+
+
+def test_rates_of_the_arms_are_those_that_won_their_trials():
+    rates = 0.25, 0.5, 2.0
+    assert_winners("decay", experiments.RULED, rates, "knn_held", max, experiments.TUNED)
 
 
 @pytest.mark.parametrize(
@@ -739,14 +745,8 @@ def test_the_diffusion_study_runs_what_decides_first(tmp_path, monkeypatch):
 
 
 def test_rates_of_the_denoisers_are_those_that_won_their_trials():
-    for arm in ("plain", "decay"):
-        names = {0.5: f"{arm}-lr-0.5", 1.0: arm, 2.0: f"{arm}-lr-2"}
-        paths = {rate: BOOK / "diffusion" / f"{name}-s0.json" for rate, name in names.items()}
-        if not all(path.exists() for path in paths.values()):
-            assert arm not in experiments.TUNED_DENOISERS
-            continue
-        held = {r: results.read(p).metrics["trained"]["held_loss"] for r, p in paths.items()}
-        assert experiments.TUNED_DENOISERS.get(arm, 1.0) == min(held, key=held.get)
+    arms, won = ("plain", "decay"), experiments.TUNED_DENOISERS
+    assert_winners("diffusion", arms, (0.5, 2.0), "held_loss", min, won)
 
 
 def test_a_study_looks_for_all_its_judges_before_its_first_run(tmp_path, monkeypatch, capsys):
