@@ -341,6 +341,7 @@ def _tiers(
     epochs: Sequence[int],
     changes: Mapping[str, Any],
     deeper: int = 1,
+    wider: int = 1,
     rate: float = 1.0,
 ) -> dict[str, Recipe]:
     """What an arm changes in each tier, with the window of its depth where it asks for that."""
@@ -349,6 +350,8 @@ def _tiers(
             size,
             epochs=length,
             depth=deeper * size.depth,
+            dim=wider * size.dim,
+            heads=wider * size.heads,
             lr=rate * size.lr,
             # A denoiser has one more block, in the middle.
             **{
@@ -453,6 +456,7 @@ def _masked(
     also: Mapping[str, Any] | None = None,
     epochs: tuple[int, int, int] = (2, 15, 200),
     deeper: int = 1,
+    wider: int = 1,
     rate: float = 1.0,
     minutes: float = 8,
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -460,14 +464,15 @@ def _masked(
 ) -> Experiment:
     """An arm of `_ARMS`, under a name that says in what it is special; `also`: what else changes.
 
-    `epochs` are those of the three tiers, `deeper` and `rate` factors of depth and learning rate.
+    `epochs` are those of the three tiers; `deeper`, `wider` and `rate` are factors: of the depth,
+    of width and heads, and of the learning rate.
     """
     return Experiment(
         study, name.format(arm),
-        _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, rate),
+        _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, wider, rate),
         "arXiv 2404.10947, masked autoencoders, on other images",
         _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
-        minutes, 1.5 + 2 * deeper, seeds, turn, keeps,
+        minutes, 1.5 + 2 * deeper * wider, seeds, turn, keeps,
     )  # fmt: skip
 
 
@@ -575,12 +580,17 @@ EXPERIMENTS: dict[str, Experiment] = {
             _masked("{}-undamped", a, 3, "sweep", also={"norms_as": 1.0})
             for a in ("decay", *SWEEP[:2])
         ),
-        *(_masked("deep-{}", a, 4, "sizes", deeper=2, minutes=12) for a in RULED),
         *(
-            _masked("tiny-{}", a, 4, "sizes", also={"data": "tiny-imagenet-100", "patch": 8})
+            _masked(f"{size}-{{}}", a, 4, "sizes", **how)
+            for size, how in {
+                "deep": {"deeper": 2, "minutes": 12},
+                "tiny": {"also": {"data": "tiny-imagenet-100", "patch": 8}},
+                "steps": {"also": {"batch": 64}, "rate": 0.5},
+                "wide": {"wider": 2, "minutes": 20},
+                "mask": {"also": {"mask_ratio": 0.9}},
+            }.items()
             for a in RULED
         ),
-        *(_masked("steps-{}", a, 4, "sizes", also={"batch": 64}, rate=0.5) for a in RULED),
         # The 2 x 2 explains decay, and so has its rate.
         *(
             _masked(

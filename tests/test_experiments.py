@@ -346,6 +346,8 @@ NEIGHBOURS = [
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
     *((one, f"steps-{one}", "batch lr") for one in MASKED),
+    *((one, f"wide-{one}", "dim heads") for one in MASKED),
+    *((one, f"mask-{one}", "mask_ratio") for one in MASKED),
 ]
 DECAY = {one.arm: one for one in EXPERIMENTS.values() if one.study == "decay"}
 
@@ -366,7 +368,10 @@ def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
 def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
     for arm, one in DECAY.items():
         size, _, what = arm.partition("-")
-        if size in ("deep", "tiny", "steps", "long") and what not in experiments.CELLS:
+        if (
+            size in ("deep", "tiny", "steps", "wide", "mask", "long")
+            and what not in experiments.CELLS
+        ):
             assert "at this size or length" in one.expects and "xavier" not in one.expects
         else:
             assert "at this size or length" not in one.expects

@@ -214,6 +214,8 @@ OTHERS_MADE = (
 OTHER_SIZES = (
     ("90 epochs", "decay", "long-{}"),
     ("depth 12", "decay", "deep-{}"),
+    ("width 192", "decay", "wide-{}"),
+    ("nine tenths masked", "decay", "mask-{}"),
     ("four times the steps", "decay", "steps-{}"),
     ("tiny-imagenet-100", "decay", "tiny-{}"),
 )
