@@ -388,6 +388,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     "attention-only": _RAMP | {"kind": "attention"},
     "mlp-only": _RAMP | {"kind": "mlp"},
     "identity-drop": _RAMP | {"shortcut": "identity-drop"},
+    "skips-only-xavier": _SKIPS | {"zero_init": False},
+    "decay-xavier": _RAMP | {"zero_init": False},
     **{f"alpha-{a}": _SKIPS | {"alpha_min": a} for a in (0.1, 0.2, 0.5, 0.7, 0.85, 0.95)},
 }
 RULED = ("standard", "skips-only", "decay")

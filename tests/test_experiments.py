@@ -326,6 +326,8 @@ NEIGHBOURS = [
     ("decay", "mlp-only", "kind"),
     ("decay", "learned-ramp", "shortcut"),
     ("decay", "identity-drop", "shortcut"),
+    ("decay", "decay-xavier", "zero_init"),
+    ("skips-only", "skips-only-xavier", "zero_init"),
     ("decay", "decay-undamped", "norms_as"),
     *((one, f"{one}-undamped", "norms_as") for one in experiments.SWEEP[:2]),
     *(("decay", one, "alpha_min") for one in experiments.SWEEP),

@@ -246,7 +246,7 @@ LEARNED = ("learned", "learned-ramp")
 BESIDE_MADE = ("no-skips", "rates", "scaled-sum", "alpha-0.5", "alpha-0.7", "alpha-0.9")
 LINKED = (
     "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
-    "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP,
+    "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP, "skips-only-xavier", "decay-xavier",
 )  # fmt: skip
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 
