@@ -177,7 +177,7 @@ def test_the_masked_study_is_read_by_its_own_rule(
     tmp_path: Path, decay: list[float], verdict: str, count: str
 ) -> None:
     row = told(rows_of(tmp_path, BASE | {"decay": decay})["B1"])
-    assert row == f"**{verdict}**, so far ({count}; 11 not yet run)"
+    assert row == f"**{verdict}**, so far ({count}; 15 not yet run)"
 
 
 def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> None:
