@@ -6,12 +6,14 @@ import os
 import re
 import sys
 from dataclasses import asdict
+from itertools import groupby
 
 import torch
 from accelerate import PartialState
 
 from . import experiments, results
-from .experiments import EXPERIMENTS, TIERS
+from .data import require
+from .experiments import EXPERIMENTS, TIERS, made_with
 
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.
 DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
@@ -54,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", default="runs", help="folder of results (default: runs)")
     run.add_argument("--resume", action="store_true", help="skip what is done, go on if stopped")
     run.add_argument("--part", default="1/1", help="of a study: 1/2 and 2/2 run side by side")
-    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe")
+    run.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change fields"
+    )
     run.set_defaults(command=_run)
     report = commands.add_parser("report", help="recorded results, mean and spread over seeds")
     report.add_argument("--out", help="folder of results (default: those of the book)")
@@ -73,6 +77,8 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    wanted = "be one arm, not a study; `list` names the arms of each"
+    require("name", options.name, not options.name.endswith("-study"), wanted)
     experiment = experiments.get(options.name)
     print(f"{experiment.name}\n  source:  {experiment.source}\n  expects: {experiment.expects}")
     cost = f"{experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB"
@@ -116,23 +122,25 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    print(f"{'study':10} {'arm':32} {'metric':24} {'mean':>8} {'sd':>8}  n")
     recorded = results.recorded(options.out)
-    for experiment in EXPERIMENTS.values():
-        if (experiment.study, experiment.arm) not in recorded:
-            print(f"{experiment.study:10} {experiment.arm:32} not recorded")
-            continue
-        runs = results.load_runs(experiment.study, experiment.arm, options.out)
-        for metric in REPORTED.get(experiment.study, DIAGNOSED):
-            try:
-                mean, sd, n = results.summary(runs, metric)
-            except ValueError:  # CKA is not defined where a layer maps all inputs to one point
-                print(f"{experiment.study:10} {experiment.arm:32} {metric:24} undefined")
-                continue
-            spread = f"{sd:8.4f}" if n > 1 else f"{'–':>8}"
-            print(
-                f"{experiment.study:10} {experiment.arm:32} {metric:24} {mean:8.4f} {spread}  {n}"
-            )
+    require("--out", options.out, bool(recorded), "be a folder of runs, STUDY/ARM-sSEED.json in it")
+    print(f"{'study':10} {'arm':32} {'metric':24} {'mean':>8} {'sd':>8}  n  made with")
+    here = [one for one in EXPERIMENTS.values() if (one.study, one.arm) in recorded]
+    for one in here:
+        runs = results.load_runs(one.study, one.arm, options.out)
+        for how, alike in groupby(sorted(runs, key=made_with), made_with):
+            _print_means(list(alike), how)
+    print(f"{len(here)} of {len(EXPERIMENTS)} arms are recorded here; `list` names all")
+
+
+def _print_means(runs: list[results.Run], how: str) -> None:
+    for metric in REPORTED.get(runs[0].study, DIAGNOSED):
+        try:
+            mean, sd, n = results.summary(runs, metric)
+            told = f"{mean:8.4f} " + (f"{sd:8.4f}" if n > 1 else f"{'–':>8}")
+        except ValueError:  # CKA is not defined where a layer maps all inputs to one point
+            told = f"{'undefined':17}"
+        print(f"{runs[0].study:10} {runs[0].arm:32} {metric:24} {told}  {len(runs)}  {how}")
 
 
 if __name__ == "__main__":

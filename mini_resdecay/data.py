@@ -433,8 +433,7 @@ def shift(images: Tensor, pixels: int, generator: Generator | None = None) -> Te
     Raises ValueError if pixels is not in 0…min(H, W) − 1.
     """
     batch, _, height, width = images.shape
-    if not 0 <= pixels < min(height, width):
-        raise ValueError(f"pixels must be in 0…{min(height, width) - 1}, got {pixels}")
+    require("pixels", pixels, 0 <= pixels < min(height, width), f"be in 0…{min(height, width) - 1}")
     offsets = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator)
     top, left = _beside(images, offsets)
     padded = F.pad(images, (pixels,) * 4)

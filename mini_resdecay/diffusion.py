@@ -102,7 +102,8 @@ class Diffusion:
         `posterior`. Source: arXiv 2010.02502, Eqs. 12 and 16.
         """
         before, now = self._bars(s, x0), self._bars(t, x0)
-        variance = eta**2 * (1 - before) / (1 - now) * (1 - now / before)
+        # Of a clean image 1 - now is 0.
+        variance = eta**2 * ((1 - before) / (1 - now) if eta else 0) * (1 - now / before)
         rest = (1 - before - variance).clamp(min=0).sqrt()  # rounding may go below 0
         return before.sqrt().to(x0) * x0 + rest.to(x0) * noise, variance
 

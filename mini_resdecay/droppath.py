@@ -172,8 +172,7 @@ def _update(
 def _rates(p: Rates, model: nn.Module) -> Tensor:
     depth, rates = len(paths(model)), torch.as_tensor(p, dtype=torch.float32)
     require("model", type(model).__name__, depth > 0, "have Residual blocks to drop")
-    if rates.shape not in ((), (depth,)):
-        raise ValueError(f"p must be one rate or one for each of {depth} paths, got {p}")
+    require("p", p, rates.shape in ((), (depth,)), f"be one rate or one for each of {depth} paths")
     require("p", p, ((rates >= 0) & (rates <= 1)).all(), "lie in [0, 1]")
     return rates.expand(depth)
 

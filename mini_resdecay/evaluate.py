@@ -275,8 +275,7 @@ def frechet_distance(a: Cloud, b: Cloud) -> float:
     Raises ValueError for other shapes, n < 2, or values that are not finite.
     """
     (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a), _mean_and_root(b)
-    if mean_a.shape != mean_b.shape:
-        raise ValueError(f"b must have the width of a, {len(mean_a)}, got {len(mean_b)}")
+    require("b", len(mean_b), mean_a.shape == mean_b.shape, f"have the width of a, {len(mean_a)}")
     # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
     cross = torch.linalg.svdvals(root_a @ root_b).sum()
     spread = root_a.square().sum() + root_b.square().sum()

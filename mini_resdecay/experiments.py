@@ -393,7 +393,7 @@ SWEEP = tuple(arm for arm in _ARMS if arm.startswith("alpha"))
 _FIRST = (*RULED, "standard-xavier", "scaled-sum", "constant", *CELLS)
 # Arms whose trial another rate won than the usual one, with its factor: by `knn_held` of seed 0,
 # tier t4. A new entry makes the queue longer: stop all parts of it before.
-TUNED: dict[str, float] = {}
+TUNED: dict[str, float] = {"decay": 0.25}
 
 # What is asked of kNN accuracy at the last block, by arm or by group of arms; of others, "decay".
 _EXPECTS = {
@@ -406,7 +406,7 @@ _EXPECTS = {
     "on average; the best block is reported beside it",
     "sizes": "rule fixed before the runs: decay helps at this size or length if its kNN accuracy "
     "at the last block is above that of standard and of skips-only here, in all seeds, by 1 point "
-    "and 2 pooled deviations on average: at the usual rate, in long runs at that of their trials",
+    "and 2 pooled deviations on average: all at one rate, in long runs each at that of its trial",
     "trial": "rule fixed before the runs: an arm takes that of 1/4, 1/2, 1 and 2 times the rate "
     "whose knn_held is highest in seed 0; no test image has a say",
     "trial of a denoiser": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times "
@@ -467,7 +467,7 @@ def _masked(
         _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, rate),
         "arXiv 2404.10947, masked autoencoders, on other images",
         _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
-        minutes, 3.5, seeds, turn, keeps,
+        minutes, 1.5 + 2 * deeper, seeds, turn, keeps,
     )  # fmt: skip
 
 
@@ -580,6 +580,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             _masked("tiny-{}", a, 4, "sizes", also={"data": "tiny-imagenet-100", "patch": 8})
             for a in RULED
         ),
+        *(_masked("steps-{}", a, 4, "sizes", also={"batch": 64}, rate=0.5) for a in RULED),
         # The 2 x 2 explains decay, and so has its rate.
         *(
             _masked(
@@ -681,7 +682,8 @@ def run(
     """Run one seed of an experiment and write its result to `out/<study>/<arm>-s<seed>.json`.
 
     `data` is the folder of image sets. With `resume`, a recorded run is left as it is, and one
-    that was stopped goes on from its checkpoint in `out/unfinished`.
+    on images that was stopped goes on from its checkpoint in `out/unfinished`; without, a line
+    says that a record will be replaced.
     Raises ValueError for unknown names and values, and if `out` holds this run with another
     recipe.
     """
@@ -691,13 +693,13 @@ def run(
     described = {"tier": tier, **_plain(asdict(recipe))}
     path = _record(experiment, seed, out)
     if path.exists():
-        # A field that came later than the record had its default then.
-        old = _plain(asdict(type(recipe)())) | results.read(path).recipe
+        old = _settings(results.read(path), recipe)
         if changed := {k: (old[k], described.get(k)) for k in old if old[k] != described.get(k)}:
             told = f"{path} has {changed}, recorded and asked for"
             raise ValueError(f"out must not hold this run with other settings: {told}")
         if resume:
             return path
+        PartialState().print(f"{path} is there and will be replaced; --resume keeps it", flush=True)
     work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
     keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
@@ -714,6 +716,20 @@ def run(
         results.write(record, out)
         shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def made_with(run: results.Run) -> str:
+    """The tier of a record and each setting that is not that tier's: "tier=cpu, depth=4"."""
+    recipe = recipe_of(get(f"{run.study}-{run.arm}"), run.recipe.get("tier", ""))
+    usual = _plain(asdict(recipe))
+    return ", ".join(
+        f"{k}={v}" for k, v in _settings(run, recipe).items() if (k, v) not in usual.items()
+    )
+
+
+def _settings(run: results.Run, recipe: Any) -> dict[str, Any]:
+    """All of a record's recipe, the tier first; a field that came later had its default then."""
+    return {"tier": "", **_plain(asdict(type(recipe)())), **run.recipe}
 
 
 # ---- the spiral ------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
             axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
         look = {"linewidth": 2.2, "markevery": max(1, x.size // 8), "label": arm}
         axis.plot(x, seeds.mean(axis=0), marker + dash, color=colour, **look)
+    axis.locator_params(axis="x", integer=not (x % 1).any())
 
 
 def bars(arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Names | None = None) -> None:

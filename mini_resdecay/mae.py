@@ -169,8 +169,7 @@ class MAE(nn.Module):
         if noise is None:
             device = generator.device if generator else images.device
             noise = torch.rand(shape, generator=generator, device=device)
-        if noise.shape != shape:
-            raise ValueError(f"noise must be [B, N] = {list(shape)}, got {list(noise.shape)}")
+        require("noise", list(noise.shape), noise.shape == shape, f"be [B, N] = {list(shape)}")
         keep, mask, restore = random_masking(noise.to(images.device), self.mask_ratio)
         pred = self.decode(*self.encode(images, keep), restore)
         target = patchify(images, self.encoder.stem.patch_size)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from scipy.optimize import brentq
@@ -35,11 +35,16 @@ def alpha_schedule(
     factors, `per="block"` gives `depth`; one factor alone is 1.0. `kind` is "linear" or "cosine";
     "attention" or "mlp", the linear ramp for sub-layers of that kind and 1 for the others; or
     "constant", equal factors with the product of the linear ramp.
-    Raises ValueError for depth < 1, alpha_min outside (0, 1], an unknown kind or per, and for
-    attention or MLP alone where blocks are not divided.
+    Raises ValueError for a depth that is not whole or < 1, alpha_min outside (0, 1], an unknown
+    kind or per, and for attention or MLP alone where blocks are not divided.
     Source: arXiv 2404.10947, alpha_k = 1 - (1 - alpha_min) k / (n - 1), as in the authors' code.
     """
-    require("depth", depth, depth >= 1, "be at least 1")
+    require(
+        "depth",
+        repr(depth),
+        isinstance(depth, SupportsIndex) and depth >= 1,
+        "be a whole number, at least 1",
+    )
     _share("alpha_min", alpha_min)
     ramp = RAMPS.get(known("kind", kind, KINDS), RAMPS["linear"])
     n = depth * {"sublayer": 2, "block": 1}[known("per", per, ("sublayer", "block"))]

@@ -38,10 +38,8 @@ def spiral(n: int = 400, noise: float = 0.05, seed: int = 0) -> tuple[Tensor, Te
     Raises ValueError for n < 2 or negative noise.
     Source: arXiv 2411.09475, figure 2 (400 points, two classes; formula and noise are ours).
     """
-    if n < 2:
-        raise ValueError(f"n must be at least 2, got {n}")
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, got {noise}")
+    require("n", n, n >= 2, "be at least 2")
+    require("noise", noise, noise >= 0, "be at least 0")
     generator = np.random.default_rng(seed)
     angle = 2 * np.pi * np.sqrt(generator.random(n))
     radius = (2 * angle + np.pi) / (5 * np.pi)

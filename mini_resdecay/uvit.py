@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .data import require
 from .mae import patchify, unpatchify
 from .shortcuts import alpha_schedule, make_rules, paths
 from .vit import make_blocks, silence, xavier
@@ -19,8 +20,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
     Raises ValueError for an odd dim.
     """
-    if dim % 2:
-        raise ValueError(f"dim must be even, got {dim}")
+    require("dim", dim, dim % 2 == 0, "be even")
     power = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
     angle = t[:, None] * 10000.0**-power
     return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -40,10 +40,8 @@ class Tokens(nn.Module):
         if not 1 <= patch_size <= image_size or image_size % patch_size:
             raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
         for name, size in {"dim": dim, "channels": channels}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if classes is not None and classes < 1:
-            raise ValueError(f"classes must be None or at least 1, got {classes}")
+            require(name, size, size >= 1, "be at least 1")
+        require("classes", classes, classes is None or classes >= 1, "be None or at least 1")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
         self.classes, self.extra = classes or 0, 1 + bool(classes)
         self.embed = nn.Linear(channels * patch_size**2, dim)
@@ -52,11 +50,9 @@ class Tokens(nn.Module):
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, dim), std=0.02))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        if x.shape[1:] != self.shape:
-            expected = ", ".join(map(str, self.shape))
-            raise ValueError(f"x must be [B, {expected}], got {tuple(x.shape)}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must be [B] = [{len(x)}], got {list(t.shape)}")
+        expected = ", ".join(map(str, self.shape))
+        require("x", tuple(x.shape), x.shape[1:] == self.shape, f"be [B, {expected}]")
+        require("t", list(t.shape), t.shape == x.shape[:1], f"be [B] = [{len(x)}]")
         time = time_embedding(t, self.positions.shape[1]).to(self.positions.dtype)
         tokens = [time[:, None], self.embed(patchify(x, self.patch_size))]
         if self.label is not None:
@@ -107,8 +103,7 @@ class UViT(nn.Module):
         kind: str = "linear",
     ) -> None:
         super().__init__()
-        if depth < 2 or depth % 2:
-            raise ValueError(f"depth must be even and at least 2, got {depth}")
+        require("depth", depth, depth >= 2 and depth % 2 == 0, "be even and at least 2")
         rules = make_rules(shortcut, alpha_schedule(depth + 1, alpha_min, kind))
         self.stem = Tokens(image_size, patch_size, dim, channels, classes)
         self.blocks = make_blocks(dim, heads, rules, eps)

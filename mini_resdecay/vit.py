@@ -50,9 +50,10 @@ class Stem(nn.Module):
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        if images.shape[1:] != self.shape:
-            expected = ", ".join(map(str, self.shape))
-            raise ValueError(f"images must be [B, {expected}], got {tuple(images.shape)}")
+        expected = ", ".join(map(str, self.shape))
+        require(
+            "images", tuple(images.shape), images.shape[1:] == self.shape, f"be [B, {expected}]"
+        )
         size = {"p": self.patch_size, "q": self.patch_size}
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", **size)
         places = self.positions[1:]
@@ -68,8 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim {dim}, got {heads}")
+        require("heads", heads, heads >= 1 and dim % heads == 0, f"divide dim {dim}")
         self.heads = heads
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 

@@ -374,6 +374,14 @@ def invert(diffusion: Diffusion, denoise, x: Tensor, steps: int) -> Tensor:
     return x
 
 
+def test_ddim_from_a_clean_image_adds_the_noise_that_it_is_told():
+    process, x0 = Diffusion(100), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    noise, clean, t = torch.randn_like(x0), torch.full((3,), -1), torch.tensor([0, 50, 99])
+    x_t, variance = process.ddim(x0, noise, clean, t)
+    assert not variance.any()
+    torch.testing.assert_close(x_t, process.q_sample(x0, t, noise), rtol=0, atol=1e-12)
+
+
 def test_ddim_inverts():
     diffusion, x0 = Diffusion(), normal(5, 1, dtype=torch.float64) / 2
     errors = []

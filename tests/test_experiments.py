@@ -334,11 +334,18 @@ NEIGHBOURS = [
         for one in experiments.RULED
         for rate in ("0.25", "0.5", "2")
     ),
-    *((one, f"long-{one}", "epochs tuned_images") for one in MASKED),
-    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments.CELLS)),
+    *(
+        (one, f"long-{one}", f"epochs {'lr ' * (one in experiments.TUNED)}tuned_images")
+        for one in MASKED
+    ),
+    *(
+        (one, f"long-{one}", "epochs" + " lr" * ("decay" in experiments.TUNED))
+        for one in ("scaled-sum", *experiments.CELLS)
+    ),
     *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
+    *((one, f"steps-{one}", "batch lr") for one in MASKED),
 ]
 DECAY = {one.arm: one for one in EXPERIMENTS.values() if one.study == "decay"}
 
@@ -359,7 +366,7 @@ def test_every_arm_of_the_decay_study_has_a_neighbour_and_a_recipe_of_its_own():
 def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
     for arm, one in DECAY.items():
         size, _, what = arm.partition("-")
-        if size in ("deep", "tiny", "long") and what not in experiments.CELLS:
+        if size in ("deep", "tiny", "steps", "long") and what not in experiments.CELLS:
             assert "at this size or length" in one.expects and "xavier" not in one.expects
         else:
             assert "at this size or length" not in one.expects
@@ -553,15 +560,21 @@ def test_each_tenth_of_the_bank_is_asked_once_and_never_of_itself(monkeypatch):
     assert sorted(asked) == list(range(50))
 
 
-def test_rates_of_the_arms_are_those_that_won_their_trials():
-    for arm in experiments.RULED:
-        names = {1.0: arm} | {rate: f"{arm}-lr-{rate:g}" for rate in (0.25, 0.5, 2.0)}
-        paths = {rate: BOOK / "decay" / f"{name}-s0.json" for rate, name in names.items()}
+def assert_winners(study, arms, rates, measure, best, won):
+    """The factors in `won` are those of the trials, and only of arms with all trials recorded."""
+    for arm in arms:
+        names = {1.0: arm} | {rate: f"{arm}-lr-{rate:g}" for rate in rates}
+        paths = {rate: BOOK / study / f"{name}-s0.json" for rate, name in names.items()}
         if not all(path.exists() for path in paths.values()):
-            assert arm not in experiments.TUNED
+            assert arm not in won
             continue
-        held = {r: results.read(p).metrics["trained"]["knn_held"] for r, p in paths.items()}
-        assert experiments.TUNED.get(arm, 1.0) == max(held, key=held.get)
+        held = {r: results.read(p).metrics["trained"][measure] for r, p in paths.items()}
+        assert won.get(arm, 1.0) == best(held, key=held.get)
+
+
+def test_rates_of_the_arms_are_those_that_won_their_trials():
+    rates = 0.25, 0.5, 2.0
+    assert_winners("decay", experiments.RULED, rates, "knn_held", max, experiments.TUNED)
 
 
 @pytest.mark.parametrize(
@@ -732,14 +745,8 @@ def test_the_diffusion_study_runs_what_decides_first(tmp_path, monkeypatch):
 
 
 def test_rates_of_the_denoisers_are_those_that_won_their_trials():
-    for arm in ("plain", "decay"):
-        names = {0.5: f"{arm}-lr-0.5", 1.0: arm, 2.0: f"{arm}-lr-2"}
-        paths = {rate: BOOK / "diffusion" / f"{name}-s0.json" for rate, name in names.items()}
-        if not all(path.exists() for path in paths.values()):
-            assert arm not in experiments.TUNED_DENOISERS
-            continue
-        held = {r: results.read(p).metrics["trained"]["held_loss"] for r, p in paths.items()}
-        assert experiments.TUNED_DENOISERS.get(arm, 1.0) == min(held, key=held.get)
+    arms, won = ("plain", "decay"), experiments.TUNED_DENOISERS
+    assert_winners("diffusion", arms, (0.5, 2.0), "held_loss", min, won)
 
 
 def test_a_study_looks_for_all_its_judges_before_its_first_run(tmp_path, monkeypatch, capsys):
@@ -1179,11 +1186,74 @@ def test_change_without_a_value_says_how_to_write_one(capsys):
     assert "set must be key=value, got 'depth'" in capsys.readouterr().err
 
 
+def test_set_may_be_given_more_than_once(tmp_path):
+    more = ["--set", "depth=3", "--set", "width=4", "steps=5"]
+    assert main(["run", "spiral-relu", "--out", str(tmp_path), *more]) == 0
+    recipe = results.read(tmp_path / "spiral/relu-s0.json").recipe
+    assert (recipe["depth"], recipe["width"], recipe["steps"]) == (3, 4, 5)
+
+
+def test_run_says_that_it_replaces_a_record(tmp_path, capsys):
+    arguments = ["run", "spiral-small", "--out", str(tmp_path), "--set", *QUICK]
+    path = tmp_path / "spiral/small-s0.json"
+    assert main(arguments) == 0
+    assert "replaced" not in capsys.readouterr().out
+    path.write_text(path.read_text() + "\n")
+    assert main([*arguments, "--resume"]) == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert path.read_text().endswith("\n\n")
+    assert main(arguments) == 0
+    told = f"{path} is there and will be replaced; --resume keeps it\n"
+    assert capsys.readouterr().out.startswith(told)
+    assert not path.read_text().endswith("\n\n")
+
+
 def test_report_of_the_book_reaches_its_end(capsys):
     assert main(["report", "--out", str(BOOK)]) == 0
     out = capsys.readouterr().out
     assert "undefined" in out  # CKA of the plain nets whose layers collapse
     assert "cifar10" in out
+    lines = out.splitlines()[1:-1]
+    # Nothing in the book was made with a changed recipe, and no arm by two of them.
+    assert {line.split()[-1] for line in lines} == {"tier=cpu", "tier=t4"}
+    named = [tuple(line.split()[:3]) for line in lines]
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("out", ["nowhere", "README.md", "empty"])
+def test_report_of_what_holds_no_records_names_the_option(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("no folder")
+    Path("empty").mkdir()
+    assert main(["report", "--out", out]) == 2
+    told = f"error: --out must be a folder of runs, STUDY/ARM-sSEED.json in it, got {out}\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_report_averages_no_runs_of_different_recipes(tmp_path, capsys):
+    for seed, steps in ((0, 6), (1, 6), (2, 5)):
+        changes = ["depth=3", "width=4", f"steps={steps}"]
+        experiments.run("spiral-small", seed=seed, out=tmp_path, changes=changes)
+    capsys.readouterr()
+    assert main(["report", "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "trained.accuracy" in line]
+    how = [re.split(r"  (?=\d+  tier)", line)[1] for line in lines]
+    changed = "tier=cpu, depth=3, width=4, steps"
+    assert how == [f"1  {changed}=5", f"2  {changed}=6"]
+    runs = [results.read(tmp_path / f"spiral/small-s{seed}.json") for seed in range(3)]
+    means = [results.summary(part, "trained.accuracy")[0] for part in (runs[2:], runs[:2])]
+    assert [float(line.split()[3]) for line in lines] == pytest.approx(means, abs=5e-5)
+
+
+def test_recipe_of_a_record_is_told_by_tier_and_changes(little_images):
+    run = results.read(experiments.run("reuse-cifar10", changes=little_images))
+    told = "tier=cpu, images=96, batch=16, widths=[8, 8], blocks=1, measured=60"
+    assert experiments.made_with(run) == told  # two epochs are what the tier has
+    # A record from before a field was there had its default, which is no change.
+    old = {name: value for name, value in run.recipe.items() if name != "p"}
+    assert experiments.made_with(dataclasses.replace(run, recipe=old)) == told
+    with pytest.raises(ValueError, match="tier must be one of"):
+        experiments.made_with(dataclasses.replace(run, recipe={}))
 
 
 def test_seed_below_zero_is_one_line(capsys):
@@ -1257,6 +1327,12 @@ def test_typo_in_a_name_suggests_the_nearest(capsys):
     assert "tier must be one of cpu, t4, full" in capsys.readouterr().err
 
 
+def test_show_of_a_study_says_where_its_arms_are(capsys):
+    assert main(["show", "spiral-study"]) == 2
+    told = "name must be one arm, not a study; `list` names the arms of each, got spiral-study"
+    assert told in capsys.readouterr().err
+
+
 def test_missing_data_folder_is_one_line(capsys, tmp_path):
     assert main(["run", "reuse-cifar10", "--data", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
@@ -1277,8 +1353,10 @@ def test_report_prints_what_is_recorded(tmp_path, capsys):
     ]
     mean = sum(value["accuracy"] for value in values) / 2
     assert f"{mean:.4f}" in line
-    assert line.split()[-1] == "2"
-    assert any("tanh" in text and "not recorded" in text for text in lines)
+    assert line.split()[5] == "2"
+    # A heading, the three numbers of the arm, and one line for all that is not there.
+    assert len(lines) == 5 and "small" not in lines[0]
+    assert lines[-1].startswith(f"1 of {len(EXPERIMENTS)} arms are recorded here")
 
 
 def test_report_of_masked_nets_is_about_their_features(little_images, capsys):
@@ -1287,7 +1365,7 @@ def test_report_of_masked_nets_is_about_their_features(little_images, capsys):
     assert main(["report", "--out", "runs"]) == 0
     lines = [text.split() for text in capsys.readouterr().out.splitlines()]
     lines = [words for words in lines if words[:2] == ["mae", "decay"]]
-    told = {name: float(mean) for _, _, name, mean, _, _ in lines}
+    told = {name: float(mean) for _, _, name, mean, *_ in lines}
     after = run.metrics["trained"]
     expected = {f"trained.{k}": after[k] for k in ("knn_last", "probe_last", "loss")}
     expected["trained.rank_entropy.-1"] = after["rank_entropy"][-1]

@@ -224,9 +224,10 @@ def test_D02_solver_round_trip(depth, target, kind, per):
     assert effective_alpha(alphas) == pytest.approx(target, rel=1e-6)
 
 
-@pytest.mark.parametrize("depth", [0, -3])
-def test_depth_below_one_is_an_error(depth):
-    with pytest.raises(ValueError, match=rf"depth must be at least 1, got {depth}"):
+@pytest.mark.parametrize("depth", [0, -3, 4.5, "4"])
+def test_depth_below_one_or_not_whole_is_an_error(depth):
+    told = f"depth must be a whole number, at least 1, got {depth!r}"
+    with pytest.raises(ValueError, match=told):
         alpha_schedule(depth, 0.6)
     with pytest.raises(ValueError, match="depth"):
         suggest_alpha_min(depth)

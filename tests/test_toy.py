@@ -214,8 +214,10 @@ def test_R27_all_dropped_is_the_head_of_the_stem():
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((0, 6), {}, "depth must be at least 1, got 0"),
-        ((-2, 6), {}, "depth must be at least 1, got -2"),
+        ((0, 6), {}, "depth must be a whole number, at least 1, got 0"),
+        ((-2, 6), {}, "depth must be a whole number, at least 1, got -2"),
+        (("4", 6), {}, "depth must be a whole number, at least 1, got '4'"),
+        ((4.5, 6), {}, "depth must be a whole number, at least 1, got 4.5"),
         ((6, 0), {}, "width must be at least 1, got 0"),
         ((6, 6), {"alpha_min": 0.0}, r"alpha_min must .*\(0, 1\].*got 0"),
         ((6, 6), {"alpha_min": 1.2}, r"alpha_min must .*\(0, 1\].*got 1.2"),

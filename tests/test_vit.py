@@ -268,7 +268,7 @@ def test_classifier_reads_the_patches_alone():
         ({"mlp_ratio": math.nan}, "mlp_ratio must give 1 or more of 16 channels, got nan"),
         ({"eps": -1.0}, "eps must be 0 or more and finite, got -1.0"),
         ({"eps": math.nan}, "eps must be 0 or more and finite, got nan"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"depth": 0}, "depth must be a whole number, at least 1, got 0"),
         ({"alpha_min": 0.0}, r"alpha_min must lie in \(0, 1\], got 0.0"),
         ({"shortcut": "post-norm", "alpha_min": 0.5}, "alpha_min must be 1 for"),
         ({"shortcut": "decey"}, 'did you mean "decay"'),

@@ -214,6 +214,7 @@ OTHERS_MADE = (
 OTHER_SIZES = (
     ("90 epochs", "decay", "long-{}"),
     ("depth 12", "decay", "deep-{}"),
+    ("four times the steps", "decay", "steps-{}"),
     ("tiny-imagenet-100", "decay", "tiny-{}"),
 )
 # Measures: name, path, and the claimed direction.

@@ -177,7 +177,7 @@ def test_the_masked_study_is_read_by_its_own_rule(
     tmp_path: Path, decay: list[float], verdict: str, count: str
 ) -> None:
     row = told(rows_of(tmp_path, BASE | {"decay": decay})["B1"])
-    assert row == f"**{verdict}**, so far ({count}; 9 not yet run)"
+    assert row == f"**{verdict}**, so far ({count}; 11 not yet run)"
 
 
 def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> None:
@@ -187,13 +187,13 @@ def test_a_line_has_means_interval_visible_effect_and_seeds(tmp_path: Path) -> N
     half = 4.3027 * 0.01 / math.sqrt(3)
     line = f"| 0.410 → 0.440 | +0.030 ± {half:.3f} (0.033) | holds here, 3/3 |"
     assert f"| 30 epochs, kNN, last block ↑ {line}" in row.replace("\u00a0", " ")
-    assert told(row) == "**holds here**, so far (holds in 1 of 1 comparisons; 4 not yet run)"
+    assert told(row) == "**holds here**, so far (holds in 1 of 1 comparisons; 5 not yet run)"
 
 
 def test_a_study_half_recorded_says_so(tmp_path: Path) -> None:
     few = {"standard": [0.40, 0.41], "skips-only": [0.45, 0.46, 0.47], "decay": [0.5]}
     rows = rows_of(tmp_path, few)
-    assert told(rows["B5"]) == "**holds here**, so far (holds in 1 of 1 comparisons; 4 not yet run)"
+    assert told(rows["B5"]) == "**holds here**, so far (holds in 1 of 1 comparisons; 5 not yet run)"
     assert "| +0.050 in every seed | holds here, 2/3 |" in rows["B5"]
     assert told(rows["B1"]) == "**not yet run**"
     assert "| 0.400 →\u00a00.500 | – | too few seeds, 1/3 |" in rows["B1"]

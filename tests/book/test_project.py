@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import ROOT
+from pages import ROOT, chapters
 
 import mini_resdecay
 
@@ -58,6 +58,18 @@ def test_the_readme_names_the_two_commands() -> None:
     assert {"book", "test"} <= set(commands)
     targets = set(re.findall(r"^(\w+):", text("Makefile"), re.MULTILINE))
     assert set(commands) <= targets
+
+
+@pytest.mark.parametrize(
+    ("page", "form"),
+    [
+        ("README.md", r"^(book/\d\d-\S+)\.ipynb$"),
+        ("book/index.md", r"^\|.*\]\((\d\d-\S+)\.ipynb\)"),
+    ],
+)
+def test_lists_of_chapters_are_whole_and_in_order(page: str, form: str) -> None:
+    listed = re.findall(form, text(page), re.MULTILINE)
+    assert [Path(name).name for name in listed] == [Path(name).name for name in chapters()]
 
 
 @needs_make
