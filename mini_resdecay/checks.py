@@ -1455,7 +1455,7 @@ CHAPTER_12: dict[str, Exercise] = {
         solution=("copies", "classes", "guidance", "blurred"),
         mistakes={
             "recall 0.00 means balls without size: points on top of each other. Which illness makes those?": ("classes", "copies", "guidance", "blurred"),
-            "a density far above 1 says that all crowd in the middle of the real cloud. Blur leaves the cloud.": ("copies", "classes", "blurred", "guidance"),
+            "a density above 1 says that all crowd in the middle of the real cloud. Blur leaves the cloud.": ("copies", "classes", "blurred", "guidance"),
             "guidance leaves out no class: it makes each of them narrower. Whose density is 1, as if drawn from real?": ("copies", "guidance", "classes", "blurred"),
             "noise is not among the four. What else takes digits out of the cloud?": ("copies", "classes", "guidance", "noise"),
         },
