@@ -1334,6 +1334,144 @@ CHAPTER_11: dict[str, Exercise] = {
 }  # fmt: skip
 
 
+# ---- Chapter 12 ------------------------------------------------------------------------------
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def _cross(cov_a: Tensor, cov_b: Tensor) -> Tensor:
+    return torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+
+
+def _fd(
+    mean_a: Tensor,
+    cov_a: Tensor,
+    mean_b: Tensor,
+    cov_b: Tensor,
+    cross: Any = _cross,
+    power: int = 2,
+) -> Tensor:
+    far = ((mean_a - mean_b) ** 2).sum() ** (power / 2)
+    return far + (cov_a + cov_b).trace() - 2 * cross(cov_a, cov_b)
+
+
+def _balls(
+    a: Tensor, b: Tensor, k: int, own: int = 1, of_a: bool = True, asked_b: bool = False
+) -> Tensor:
+    """Share of b in a ball around a; or of a whose ball is reached (the parts of mistakes)."""
+    reach = torch.cdist(a, a if of_a else b).kthvalue(k + own).values
+    inside = torch.cdist(b, a) <= reach
+    return inside.any(0 if asked_b else 1).double().mean()
+
+
+def _two_shares(real: Tensor, made: Tensor, k: int, **change: Any) -> tuple[Tensor, Tensor]:
+    return _balls(real, made, k, **change), _balls(made, real, k, **change)
+
+
+def _normal_case(seed: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, width, 2 * width, generator=g, dtype=torch.float64)
+    means = torch.randn(2, width, generator=g, dtype=torch.float64)
+    return means[0], a @ a.T / width, means[1], b @ b.T / width
+
+
+def _two_clouds(seed: int, n: int, m: int, k: int) -> tuple[Tensor, Tensor, int]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, generator=g), 0.5 + 0.6 * torch.randn(m, 2, generator=g), k
+
+
+CHAPTER_12: dict[str, Exercise] = {
+    "ex-12-1": Exercise(
+        solution=30.0,
+        mistakes={
+            "the distance of the means enters squared: 25, not 5.": 10.0,
+            "that is the part of the means. The spreads differ too.": 25.0,
+            "that is the part of the spreads. The means differ too.": 5.0,
+            "you subtracted variances. Deviations are compared: their roots.": 98.0,
+            "that is the root. FD is a squared distance and stays one.": 30.0**0.5,
+            "2 and 1 are differences of deviations. Square each, then add.": 28.0,
+        },
+        tolerance=1e-3,
+    ),
+    "ex-12-2": Exercise(
+        solution=(0.10, 50_000),
+        mistakes={
+            "right limit. The bias is 500/n: when is that 0.01?": (0.10, 500),
+            "right limit; you are out by a factor of ten. Solve c/n = 0.01.": (0.10, 5_000),
+            "two equations: FD(500) = limit + c/500, FD(2000) = limit + c/2000. Subtract them.": (0.35, 50_000),
+            "right limit. From 10 000 on the excess is at most 0.05.": (0.10, 10_000),
+            "the bias falls as 1/n, not as 1/sqrt(n).": (-0.40, 50_000),
+        },
+        tolerance=1e-3,
+    ),
+    "ex-12-3": Exercise(
+        solution=_fd,
+        mistakes={
+            "the root is taken number by number. It has to be the root of the matrix.": partial(_fd, cross=lambda a, b: (a @ b).abs().sqrt().trace()),
+            "you multiply the two roots. That is the root of the product only if the matrices commute.": partial(_fd, cross=lambda a, b: (_root(a) @ _root(b)).trace()),
+            "no root at all: eigenvalues of the product are squares of what is summed.": partial(_fd, cross=lambda a, b: (a @ b).trace()),
+            "that is the root of the sum. The product belongs under it.": partial(_fd, cross=lambda a, b: _root(a + b).trace()),
+            "only the diagonals enter in yours. Correlated features are then the same as others.": partial(_fd, cross=lambda a, b: (a.diagonal() * b.diagonal()).sqrt().sum()),
+            "the spreads are right. The distance of the means enters squared.": partial(_fd, power=1),
+        },
+        cases=(_normal_case(0, 2), _normal_case(1, 4)),
+    ),
+    "ex-12-4": Exercise(
+        solution=_two_shares,
+        mistakes={
+            "you have the two the wrong way round: precision is about the made points.": lambda real, made, k: (
+                _two_shares(made, real, k)
+            ),
+            "a point is its own nearest neighbour: your balls reach the neighbour before the k-th.": partial(
+                _two_shares, own=0
+            ),
+            "your balls reach into the other cloud. A ball is measured in its own.": partial(
+                _two_shares, own=0, of_a=False
+            ),
+            "you count balls that hold a point. Count the points that lie in a ball.": partial(
+                _two_shares, asked_b=True
+            ),
+            "precision is right; the other one is coverage. Recall has balls around made points.": lambda real, made, k: (
+                _balls(real, made, k), _balls(real, made, k, asked_b=True)
+            ),
+        },
+        cases=(_two_clouds(0, 40, 30, 3), _two_clouds(1, 25, 50, 2)),
+    ),
+    "ex-12-5": Exercise(
+        solution=(2.0, 1.0),
+        mistakes={
+            "you have the two the wrong way round.": (1.0, 2.0),
+            "right for FD. Recall has fallen below 0.9 there.": (2.0, 2.0),
+            "right for FD. A larger w still has a recall above 0.9.": (2.0, 0.0),
+            "precision and agreement change no more there. Where is FD lowest?": (6.0, 1.0),
+            "at w = 1 nothing is guided. FD still falls behind it.": (1.0, 1.0),
+        },
+        tolerance=1e-3,
+    ),
+    "ex-12-6": Exercise(
+        solution=("copies", "classes", "guidance", "blurred"),
+        mistakes={
+            "recall 0.00 means balls without size: points on top of each other. Which illness makes those?": ("classes", "copies", "guidance", "blurred"),
+            "a density above 1 says that all crowd in the middle of the real cloud. Blur leaves the cloud.": ("copies", "classes", "blurred", "guidance"),
+            "guidance leaves out no class: it makes each of them narrower. Whose density is 1, as if drawn from real?": ("copies", "guidance", "classes", "blurred"),
+            "noise is not among the four. What else takes digits out of the cloud?": ("copies", "classes", "guidance", "noise"),
+        },
+    ),
+    "ex-12-7": Exercise(
+        solution=("samples", "nearest", "seeds"),
+        mistakes={
+            "seeds are missing in the third. In the first, look at the two numbers behind @.": ("seeds", "nearest", "samples"),
+            "the floor is there: it is the FD of fresh images. Who can be nearer than they?": ("samples", "floor", "seeds"),
+            "a second judge never harms. But what is the *first* thing to ask of one training run?": ("samples", "nearest", "judge"),
+            "the first compares two values of n. That comes before all else.": ("floor", "nearest", "seeds"),
+        },
+    ),
+}  # fmt: skip
+
+
 EXERCISES: dict[str, Exercise] = {
     **CHAPTER_1,
     **CHAPTER_2,
@@ -1346,4 +1484,5 @@ EXERCISES: dict[str, Exercise] = {
     **CHAPTER_9,
     **CHAPTER_10,
     **CHAPTER_11,
+    **CHAPTER_12,
 }
