@@ -189,8 +189,8 @@ class DiffusionRecipe(Recipe):
     data: str = "fashion-mnist"
     images: int = 60_000
     epochs: int = 7
-    batch: int = 128
-    lr: float = 1e-3
+    batch: int = 32
+    lr: float = 4e-3
     weight_decay: float = 0.03
     patch: int = 4
     dim: int = 64
@@ -592,6 +592,11 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "mask": {"also": {"mask_ratio": 0.9}},
             }.items()
             for a in RULED
+        ),
+        # Two descriptions of one net: do they still differ where rounding is finer?
+        *(
+            _masked("float32-{}", a, 4, "rates-taps", also={"precision": "no"}, minutes=20)
+            for a in ("decay", "rates-taps")
         ),
         # The 2 x 2 explains decay, and so has its rate.
         *(

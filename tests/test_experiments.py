@@ -349,6 +349,7 @@ NEIGHBOURS = [
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
     *((one, f"steps-{one}", "batch lr") for one in MASKED),
     *((one, f"wide-{one}", "dim heads") for one in MASKED),
+    *((one, f"float32-{one}", "precision") for one in ("decay", "rates-taps")),
     *((one, f"mask-{one}", "mask_ratio") for one in MASKED),
 ]
 DECAY = {one.arm: one for one in EXPERIMENTS.values() if one.study == "decay"}
