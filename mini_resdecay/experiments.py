@@ -426,6 +426,8 @@ _EXPECTS = {
     "minus plain has 0 inside, there is nothing to explain. Else half of its mean is the bound: "
     "step sizes explain decay if all of the interval of decay minus rates is nearer to 0 than "
     "that; they do not if all of it is farther, on the side of decay's effect; else this is open. "
+    "None of it is read unless the judge finds the class that was asked for in half of plain's "
+    "samples, without guidance, on average over seeds: nets that draw nothing yet tell nothing. "
     "Of all other arms the intervals are reported, and decide nothing",
     "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
     "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
@@ -436,6 +438,12 @@ _EXPECTS = {
         "the effect of an arm is its distance from norms, the fourth cell; decay is more than step "
         "sizes if its effect exceeds that of rates, and more than weaker skips if it exceeds that "
         "of taps, each by the 95 % interval over paired seeds",
+    ),
+    **dict.fromkeys(
+        ("decay-xavier", "skips-only-xavier"),
+        "rule fixed before the runs: the zero start is not what makes decay harm if decay-xavier "
+        "is below skips-only-xavier by the 95 % interval over paired seeds; it is at work if decay "
+        "minus skips-only is below that difference by the interval",
     ),
     "branch-scaled": "the shortcut matters, not the branch, if scaled-sum is above this and above "
     "skips-only by the 95 % interval over paired seeds",
@@ -1235,8 +1243,9 @@ def _kept_judge(data: str) -> tuple[results.Run, dict[str, Tensor]]:
         return run, results.kept_tensors(run)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"samples of {data} need their judge, made once by: python -m mini_resdecay run "
-            f"judge-{data} --tier t4 --out '{results.checkout() or 'book/results'}' ({error})"
+            f"samples of {data} need their judge, made once in a checkout of the repository by: "
+            f"python -m mini_resdecay run judge-{data} --tier t4 --out "
+            f"'{results.checkout() or 'book/results'}' ({error})"
         ) from error
 
 

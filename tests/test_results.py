@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -283,6 +285,20 @@ def test_without_a_checkout_runs_are_fetched_once(release: dict) -> None:
     assert len(release["asked"]) == 3
     assert load_runs("reuse", "decay") == found
     assert len(release["asked"]) == 3  # the second time from the cache
+
+
+def test_without_a_checkout_kept_tensors_are_fetched_once(release: dict) -> None:
+    content = safetensors.torch.save({"weight": torch.tensor([0.5, -2.0]).half()})
+    told = {"encoder": {"sha256": hashlib.sha256(content).hexdigest()}}
+    run = dataclasses.replace(load_runs("other")[0], metrics=told)
+    name = f"{run.study}/{run.arm}-s{run.seed}.safetensors"
+    release["served"][f"{REPO}/raw/v{__version__}/book/results/{name}"] = content
+    release["asked"].clear()
+    for _ in range(2):  # the second time from the cache
+        found = results.kept_tensors(run)
+        assert found["weight"].dtype == torch.float32
+        assert found["weight"].tolist() == [0.5, -2.0]
+        assert len(release["asked"]) == 1
 
 
 def test_a_damaged_cache_is_fetched_again(release: dict, tmp_path: Path) -> None:

@@ -239,15 +239,15 @@ def test_features_by_layer_and_noise_level_go_to_neighbours_and_probe():
     torch.manual_seed(0)
     net, diffusion = UViT(8, 2, 32, 2, 4, channels=1, classes=10), Diffusion()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    found = {}
+    found, read = {}, {}
     for level in (10, 990):
         t = torch.full((len(images),), level)
         layers = layer_features(net, diffusion.q_sample(images, t, noise), t, batch=50)
         assert [tuple(x.shape) for x in layers] == [(120, 18, 32)] * 7
         x = layers[-1][:, net.stem.extra :].flatten(1)
         found[level] = knn_accuracy(x[:80], labels[:80], x[80:], labels[80:], k=5)
-        assert 0 <= linear_probe(x[:80], labels[:80], x[80:], labels[80:], steps=5).accuracy <= 1
-    assert found[10] > 0.3 > found[990]
+        read[level] = linear_probe(x[:80], labels[:80], x[80:], labels[80:], steps=50).accuracy
+    assert found[10] > 0.3 > found[990] and read[10] > 0.3 > read[990]
 
 
 def test_a_path_mask_switches_branches_off():

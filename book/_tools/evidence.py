@@ -42,6 +42,7 @@ class Comparison:
     path as in `results.value`; of a list the mean, max, last or largest fall: "max:trained.skip".
     With a `margin` the claim is that nothing is lost beyond it. With `bases`, one for the arm and
     one for the control, what is compared is what each adds to its own; `absolute`: either way.
+    Nothing is read before seed 0 of the arms `after`, its trials, is recorded.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Comparison:
     digits: int = 3
     bases: tuple[str, ...] = ()
     absolute: bool = False
+    after: tuple[str, ...] = ()
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -64,6 +66,8 @@ class Comparison:
 
     def pairs(self, runs: Runs) -> list[tuple[float, float]]:
         """The arm's number and the control's, one pair a seed that both have."""
+        if not all(0 in runs.get((self.study, arm), {}) for arm in self.after):
+            return []
         found = [runs.get((self.study, arm), {}) for arm in self.arms]
         seeds = sorted(set.intersection(*map(set, found)))
         for s in seeds:
@@ -248,6 +252,7 @@ LINKED = (
     "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
     "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP, "skips-only-xavier", "decay-xavier",
 )  # fmt: skip
+DENOISER_TRIALS = tuple(f"{a}-lr-{r}" for a in ("plain", "decay") for r in ("0.5", "2"))
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 
 
@@ -655,11 +660,14 @@ DECAYED = (
         "without classes and of CIFAR-10; kNN and a probe of features inside, at the block and "
         "noise level that a held-out tenth of the bank chooses",
         (
-            *rows(
-                (("each at the rate of its trial", "diffusion", "{}"),),
-                tuned("decay", TUNED_DENOISERS),
-                (tuned("plain", TUNED_DENOISERS),),
-                FD,
+            *(
+                replace(row, after=DENOISER_TRIALS)
+                for row in rows(
+                    (("each at the rate of its trial", "diffusion", "{}"),),
+                    tuned("decay", TUNED_DENOISERS),
+                    (tuned("plain", TUNED_DENOISERS),),
+                    FD,
+                )
             ),
             *rows(MADE, "decay", ("plain",), FD, *INSIDE, beside=True),
             *(

@@ -66,6 +66,19 @@ def test_what_is_compared_are_arms_of_one_study_that_exist(what) -> None:
     assert evidence.planned(what) >= 3
 
 
+def test_an_arm_at_its_best_rate_is_not_read_before_all_its_trials() -> None:
+    [told] = [what for what in COMPARED if what.after]
+    assert [f"diffusion-{arm}" in EXPERIMENTS for arm in told.after] == 4 * [True]
+    run = results.load_runs("mae", "decay", ROOT / "book" / "results")[0]
+    run = replace(run, metrics={"trained": {"fd": 1.0}})
+    runs = {("diffusion", arm): {0: run, 1: run} for arm in told.arms}
+    assert told.pairs(runs) == []
+    trials = {("diffusion", arm): {0: run} for arm in told.after}
+    first = next(iter(trials))
+    assert told.pairs(runs | {first: trials[first]}) == []
+    assert told.pairs(runs | trials) == [(1.0, 1.0), (1.0, 1.0)]
+
+
 def test_every_recorded_arm_is_compared_somewhere() -> None:
     """Arms may be planned in code before a claim compares them; a record must be used.
 
