@@ -250,7 +250,7 @@ LEARNED = ("learned", "learned-ramp")
 BESIDE_MADE = ("no-skips", "rates", "scaled-sum", "alpha-0.5", "alpha-0.7", "alpha-0.9")
 LINKED = (
     "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
-    "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP, "skips-only-xavier", "decay-xavier",
+    "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP,
 )  # fmt: skip
 DENOISER_TRIALS = tuple(f"{a}-lr-{r}" for a in ("plain", "decay") for r in ("0.5", "2"))
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
@@ -471,6 +471,7 @@ DECAYED = (
             *rows(SHORT, tuned("decay"), tuple(map(tuned, ("standard-xavier", *BOTH))), KNN),
             *rows(OTHER_SIZES, "decay", BOTH, KNN),
             *rows(MASKED, "decay", BOTH, *READERS, beside=True),
+            *extra("decay-xavier", ("skips-only-xavier",), KNN),
             *(
                 replace(row, label=f"kNN, last block, against {floor}", before=path)
                 for floor, path in (
@@ -755,6 +756,10 @@ DECAYED = (
             *extra("norms", ("skips-only",), KNN),
             *extra("rates", ("norms",), KNN),
             *extra("taps", ("norms",), KNN),
+            *extra("rates-taps", ("decay",), LOSS),
+            *rows(
+                (("float32", "decay", "float32-{}"),), "rates-taps", ("decay",), LOSS, beside=True
+            ),
         ),
         note="E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
