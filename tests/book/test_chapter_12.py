@@ -180,7 +180,7 @@ def test_two_seeds_decide_nothing_and_are_shown(said: Said) -> None:
 
 def test_seeds_are_named(said: Said) -> None:
     """An arm that lacks seed 0 has no say in its trial."""
-    text = said(first=1, plain=PLAIN[:2], **TRIALS)
+    text = said(first=1, plain=PLAIN[:2], decay=HIGHER[:2], **TRIALS)
     assert "s1 5.00 s2 5.20" in text and "s0" not in text
     assert "trials not all recorded" in part(text, 1)
 
