@@ -1,5 +1,6 @@
-"""The cell of chapter 12 that a reader runs on a T4, rehearsed at a size that a test can afford."""
+"""Chapter 12: the cell that a reader runs on a T4, rehearsed small; what it reads of records."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,29 @@ import nbformat
 import pytest
 from pages import ROOT
 
-from mini_resdecay import data, experiments, results
+from mini_resdecay import data, experiments, figures, results
+from mini_resdecay.checks import check
 
-CHAPTER = ROOT / "book/12-judging-generated-images.ipynb"
+CELLS = nbformat.read(ROOT / "book/12-judging-generated-images.ipynb", as_version=4).cells
 JUDGE = ["batch=16", "epochs=1", "images=96", "measured=60", "widths=8,8", "blocks=1"]
 SMALL = ["patch=8", "dim=16", "depth=2", "heads=2", "images=96", "batch=16", "epochs=1"]
 ROUGH = ["samples=40", "guided=20", "sampling_steps=2", "measured=80"]
 
 
-@pytest.mark.parametrize(("tier", "name"), [("cpu", "fashion-mnist"), ("t4", "cifar10")])
+@pytest.mark.parametrize(
+    ("tier", "arm", "name"), [("cpu", "plain", "fashion-mnist"), ("t4", "cifar10-plain", "cifar10")]
+)
 def test_the_gpu_cell_runs_with_its_first_line_changed(
     tier: str,
+    arm: str,
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    [cell] = [c for c in cells if "gpu" in c.metadata.get("tags", [])]
+    [cell] = [c for c in CELLS if "gpu" in c.metadata.get("tags", [])]
     first, rest = cell.source.split("\n", 1)
-    assert first == 'TIER, DATA = "cpu", "fashion-mnist"  # on a T4: "t4", "cifar10"'
+    assert first == 'TIER, ARM = "cpu", "plain"  # on a T4: "t4", "cifar10-plain"'
     sets = {split: data.shapes(n, n)[0] for split, n in (("train", 96), ("test", 60))}
     monkeypatch.setattr(experiments, "load", lambda name, split, root: sets[split])
     monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
@@ -34,16 +38,221 @@ def test_the_gpu_cell_runs_with_its_first_line_changed(
     experiments.run(f"judge-{name}", changes=JUDGE)
     run = experiments.run
 
-    def small(arm: str, changes: list[str], **more: Any) -> Path:
-        return run(arm, changes=[*changes, *SMALL, *ROUGH], **more)
+    def small(name: str, changes: list[str], **more: Any) -> Path:
+        return run(name, changes=[*changes, *SMALL, *ROUGH], **more)
 
     monkeypatch.setattr(experiments, "run", small)
     capsys.readouterr()
-    names: dict[str, Any] = {"experiments": experiments, "results": results}
-    exec(f'TIER, DATA = "{tier}", "{name}"\n{rest}', names)
-    one, record = names["one"], results.read(names["path"])
-    assert record.recipe["tier"] == tier and record.recipe["data"] == name
+    old = {arm: [record(arm, seed, fd, 0.1, 0.8) for seed, fd in enumerate((3.0, 3.5))]}
+    names: dict[str, Any] = {"experiments": experiments, "results": results, "runs": old}
+    exec(f'TIER, ARM = "{tier}", "{arm}"\n{rest}', names)
+    made, one = results.read(names["path"]), names["one"]
+    assert made.arm == arm and made.recipe["tier"] == tier and made.recipe["data"] == name
     # Half precision is off on the CPU tier; elsewhere it is what the device has.
-    assert record.recipe["precision"] == {"cpu": "no", "t4": "half"}[tier]
-    said = f"FD_judge-{name}@40 {one['fd']:.2f}, floor {one['fd_floor']:.2f}\n"
-    assert capsys.readouterr().out.endswith(said)
+    assert made.recipe["precision"] == {"cpu": "no", "t4": "half"}[tier]
+    told = f"FD_judge-{name}@40 {one['fd']:.2f}, floor {one['fd_floor']:.2f}, recorded: "
+    assert capsys.readouterr().out.endswith(f"{told}3.25\n")
+    exec(rest.split("\n", 2)[2], names | {"TIER": tier, "ARM": arm, "runs": {}})  # what it says
+    assert capsys.readouterr().out == f"{told}None\n"
+
+
+# The cells that read the recorded study, on records that are made up.
+
+AGREES = {"scale": [1.0, 1.5, 2.0, 3.0], "fd": [2.0, 1.8, 1.7, 1.9]}
+FDS = ("fd", "fd_floor", "fd_floor_half", "fd_floor_test", "fd_noise", "fd_few")
+TRIALS = {f"{arm}-lr-{rate}": [9.0] for arm in ("plain", "decay") for rate in (0.5, 2)}
+PLAIN, HIGHER, LOWER = [5.0, 5.2, 4.9], [6.0, 6.3, 5.9], [4.0, 4.3, 3.9]
+LEVEL = [5.1, 5.0, 5.0]  # of plain: 0 is inside
+Fds = dict[str, Any]
+Said = Callable[..., str]
+
+
+def record(arm: str, seed: int, fd: float, held: float, agreement: float) -> results.Run:
+    """A run of the study with the metrics that the chapter reads."""
+    trained: dict[str, Any] = {
+        "held_loss": held,
+        "precision": 0.7,
+        "recall": 0.6,
+        "density": 0.8,
+        "coverage": 0.5,
+        "probe_best": 0.8,
+        "knn_best": 0.7,
+        "rank_entropy": {"100": [2.0] * 6},
+        "knn": {"100": [0.3, 0.5, 0.6, 0.6, 0.5, 0.4]},
+        "guidance": {**AGREES, "agreement": [agreement, 0.9, 0.9, 0.9]},
+        **dict.fromkeys(FDS, fd),
+        "fd_name": dict.fromkeys(FDS, "FD_judge-fashion-mnist@2000"),
+    }
+    recipe = {"tier": "t4", "epochs": 7, "batch": 32, "lr": 0.004, "images": 60_000}
+    return results.Run(
+        "diffusion", arm, seed, {"name": "fashion-mnist"}, recipe,
+        {"trained": trained, "over_time": {"step": [1, 2], "fd_few": [9.0, fd]}},
+        {"step": [1]}, "CPU, one thread", 900.0 + seed, {}, "0", "0", 1.0, [1.0],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Said:
+    """What set-up, table and verdict print of records with these FDs by arm, one a seed."""
+
+    def run(
+        held: dict[str, float] | None = None,
+        agreement: float = 0.8,
+        first: int = 0,
+        cells: tuple[str, ...] = ("print(f\"{'':20}n", "def side", "def said"),
+        **arms: list[float],
+    ) -> str:
+        for arm, fds in ((name.replace("_", "-"), fds) for name, fds in arms.items()):
+            for seed, fd in enumerate(fds, first):
+                # Only seed 0 may choose a rate.
+                loss = (held or {}).get(arm, 0.06) if seed == 0 else 0.01
+                results.write(record(arm, seed, fd, loss, agreement), tmp_path)
+        monkeypatch.setattr(results, "checkout", lambda: tmp_path)
+        names: dict[str, Any] = {}
+        for part in ("from copy import", *cells):
+            [cell] = [c for c in CELLS if c.cell_type == "code" and part in c.source]
+            exec(cell.source, names)
+        return capsys.readouterr().out
+
+    return run
+
+
+def part(text: str, n: int) -> str:
+    [line] = [line for line in text.splitlines() if line.startswith(f"({n})")]
+    return line
+
+
+def with_trials(**arms: list[float]) -> Fds:
+    return {"plain": PLAIN, **TRIALS, **arms}
+
+
+def test_nothing_is_recorded(said: Said) -> None:
+    text = said()
+    assert "not recorded yet: plain, no-skips, decay" in text
+    assert [part(text, n) for n in (2, 3)] == [f"({n}) not recorded yet" for n in (2, 3)]
+    assert part(text, 1).endswith("trials not all recorded: not recorded yet")
+
+
+@pytest.mark.parametrize(
+    ("fds", "words"),
+    [
+        (LOWER, ("decay lowers FD here", "long skips harm")),
+        (LEVEL, ("falsified at this scale", "not shown")),
+        (HIGHER, ("falsified here; decay harms", "long skips lower FD here")),
+    ],
+)
+def test_parts_one_and_two_below_around_and_above_zero(
+    said: Said, fds: list[float], words: tuple[str, str]
+) -> None:
+    text = said(**with_trials(decay=fds), no_skips=fds)
+    gap = results.paired_interval(fds, PLAIN)
+    told = f"{gap} ({gap.smallest_effect:.3f})"
+    assert part(text, 1) == f"(1) decay less plain: {told} {words[0]}"
+    assert part(text, 2) == f"(2) {told} {words[1]}"
+
+
+@pytest.mark.parametrize(
+    ("decay", "rates", "word"),
+    [
+        (HIGHER, [6.02, 6.28, 5.9], "yes"),
+        (HIGHER, PLAIN, "no"),
+        (HIGHER, [5.4, 5.8, 5.5], "open"),
+        (HIGHER, [7.0, 7.3, 6.9], "open"),  # far away, on the other side
+        (LEVEL, HIGHER, "nothing to explain"),
+        (LOWER, [4.02, 4.28, 3.9], "yes"),
+        (LOWER, PLAIN, "no"),
+        (LOWER, [4.6, 4.8, 4.3], "open"),
+        (LOWER, [3.0, 3.3, 2.9], "open"),
+    ],
+)
+def test_part_three(said: Said, decay: list[float], rates: list[float], word: str) -> None:
+    told = (results.paired_interval(decay, other) for other in (PLAIN, rates))
+    both = " ".join(f"{gap} ({gap.smallest_effect:.3f})" for gap in told)
+    assert part(said(plain=PLAIN, decay=decay, rates=rates), 3) == f"(3) {both} {word}"
+
+
+def test_two_seeds_decide_nothing_and_are_shown(said: Said) -> None:
+    text = said(plain=PLAIN[:2], decay=HIGHER[:2], no_skips=HIGHER[:1])
+    assert "s0 6.00 s1 6.30  less plain: n=2 +1.050±0.635*" in text
+    assert "s0 6.00  less plain: n=1 no interval" in text
+    assert all(part(text, n).endswith("not recorded yet") for n in (1, 2, 3))
+
+
+def test_seeds_are_named(said: Said) -> None:
+    """An arm that lacks seed 0 has no say in its trial."""
+    text = said(first=1, plain=PLAIN[:2], decay=HIGHER[:2], **TRIALS)
+    assert "s1 5.00 s2 5.20" in text and "s0" not in text
+    assert "trials not all recorded" in part(text, 1)
+
+
+@pytest.mark.parametrize("missing", ["plain", "decay"])
+def test_without_all_trials_there_is_no_verdict(said: Said, missing: str) -> None:
+    """Nor is a rate taken that is the best of those tried so far."""
+    arms = with_trials(decay=HIGHER) | {"decay-lr-0.5": LOWER}
+    del arms[f"{missing}-lr-2"]
+    gap = results.paired_interval(HIGHER, PLAIN)
+    assert part(said({"decay-lr-0.5": 0.02}, **arms), 1) == (
+        "(1) at the usual rate, trials not all recorded: "
+        f"{gap} ({gap.smallest_effect:.3f}) no verdict by the rule"
+    )
+
+
+def test_each_has_the_rate_with_the_least_loss_in_seed_0(said: Said) -> None:
+    arms = with_trials(decay=HIGHER) | {"decay-lr-0.5": LOWER}
+    text = said({"decay-lr-0.5": 0.02, "plain-lr-2": 0.07}, **arms)
+    assert part(text, 1).startswith("(1) decay-lr-0.5 less plain: -")
+    assert part(text, 1).endswith("decay lowers FD here")
+    # Part (3) stays at the usual rate; behind a trial stands no difference.
+    assert " less " not in text.split("decay-lr-0.5")[1].split("decay-lr-2")[0]
+
+
+def test_a_rate_that_won_and_has_one_seed_waits(said: Said) -> None:
+    text = said({"plain-lr-2": 0.02}, **with_trials(decay=HIGHER))
+    assert part(text, 1) == "(1) decay less plain-lr-2: not recorded yet"
+
+
+@pytest.mark.parametrize(("agreement", "read"), [(0.49, False), (0.5, True)])
+def test_nothing_is_read_of_samples_that_show_nothing(
+    said: Said, agreement: float, read: bool
+) -> None:
+    arms = with_trials(decay=HIGHER, no_skips=HIGHER, rates=PLAIN)
+    text = said(agreement=agreement, **arms)
+    assert f"class found in {agreement:.2f} of samples" in text
+    assert [part(text, n).endswith(" not read") for n in (1, 2, 3)] == 3 * [not read]
+
+
+def test_the_share_is_that_without_guidance() -> None:
+    recipes = experiments.get("diffusion-plain").tiers.values()
+    assert {recipe.guidances[0] for recipe in recipes} == {1.0}
+
+
+def test_the_table_has_deviations_and_the_recipe_and_floors_once(said: Said) -> None:
+    text = said(plain=PLAIN, decay=HIGHER, unconditional_plain=PLAIN, cifar10_plain=PLAIN[:1])
+    told = "epochs 7, batch 32, lr 0.004, images 60000, CPU, one thread, 90{} s"
+    assert text.count(told.format(1)) == text.count(told.format(0)) == 1
+    assert text.count("fd_noise") == 2
+    assert "decay               3  6.07±0.21 0.0" in text
+    assert "cifar10-plain       1  5.00± nan 0.0" in text
+
+
+def test_the_figure_tells_of_all_its_panels(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    alts: list[str] = []
+    canvas = figures.canvas
+
+    def heard(*args: Any, alt: str, **more: Any) -> Any:
+        alts.append(alt)
+        return canvas(*args, alt=alt, **more)
+
+    monkeypatch.setattr(figures, "canvas", heard)
+    said(cells=("MAIN =",), plain=PLAIN[:1], decay=HIGHER)
+    [alt] = alts
+    assert "FD_judge@200 plain 5.00, decay 6.07; FD_judge@400 plain 1.90, decay 1.90; " in alt
+    assert "kNN at t = 100 plain 0.40, decay 0.40" in alt
+
+
+def test_the_answer_of_exercise_5_stands_in_the_table() -> None:
+    [cell] = [c for c in CELLS if c.cell_type == "code" and "made = {(w, seed)" in c.source]
+    rows = [line.split() for line in cell.outputs[0].text.splitlines()[1:7]]
+    table = [list(map(float, row)) for row in rows]  # w, FD, precision, recall, ...
+    lowest = min(table, key=lambda row: row[1])[0]
+    assert check("ex-12-5", (lowest, max(row[0] for row in table if row[3] > 0.9)))

@@ -274,6 +274,11 @@ def nothing_fetched(notebook: Notebook) -> list[str]:
     return found
 
 
+def nothing_to_do(notebook: Notebook) -> list[str]:
+    """No mark that something has yet to be written, in text or code."""
+    return [f"{where(notebook, c)}: TODO" for c in notebook["cells"] if "TODO" in source(c)]
+
+
 def narrow_code(notebook: Notebook) -> list[str]:
     cells = [c for c in code_cells(notebook) if "remove-cell" not in tags(c)]
     wide = [c for c in cells if max(map(len, source(c).splitlines()), default=0) > WIDTH]
@@ -427,6 +432,7 @@ CHECKS: tuple[Callable[[Notebook], list[str]], ...] = (
     widgets_are_stored,
     no_local_paths,
     nothing_fetched,
+    nothing_to_do,
     narrow_code,
     only_public_names,
     long_code_in_package,
@@ -613,6 +619,7 @@ BROKEN = [
     (nothing_fetched, swap("## Predict", "<img src='https://pictures.example/x.png'>")),
     (nothing_fetched, output("x = 1", data={"text/html": ["<script src='//cdn.example/x.js'>"]})),
     (nothing_fetched, model("HTMLModel", "<img src='http://pictures.example/x.png'>")),
+    (nothing_to_do, swap("## Predict", "## Predict\n\n% TODO" + "-RECORDS 1: what came out")),
     (narrow_code, swap("x = 1", "x = 1" + " + 1" * 20)),
     (only_public_names, swap("x = 1", "from mini_resdecay.reuse import _gram")),
     (only_public_names, swap("x = 1", "reuse._gram(x)")),
