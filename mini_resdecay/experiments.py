@@ -426,8 +426,9 @@ _EXPECTS = {
     "minus plain has 0 inside, there is nothing to explain. Else half of its mean is the bound: "
     "step sizes explain decay if all of the interval of decay minus rates is nearer to 0 than "
     "that; they do not if all of it is farther, on the side of decay's effect; else this is open. "
-    "None of it is read unless the judge finds the class that was asked for in half of plain's "
-    "samples, without guidance, on average over seeds: nets that draw nothing yet tell nothing. "
+    "Added while the first two nets trained, before any was read: none of it is read unless the "
+    "judge finds the class that was asked for in half of plain's samples, without guidance, on "
+    "average over seeds, since nets that draw nothing yet tell nothing. "
     "Of all other arms the intervals are reported, and decide nothing",
     "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
     "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
@@ -593,7 +594,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(
             _masked(f"{size}-{{}}", a, 4, "sizes", **how)
             for size, how in {
-                "deep": {"deeper": 2, "minutes": 12},
+                "deep": dict[str, Any](deeper=2, minutes=12),
                 "tiny": {"also": {"data": "tiny-imagenet-100", "patch": 8}},
                 "steps": {"also": {"batch": 64}, "rate": 0.5},
                 "wide": {"wider": 2, "minutes": 20},

@@ -76,7 +76,7 @@ def test_an_arm_at_its_best_rate_is_not_read_before_all_its_trials() -> None:
     trials = {("diffusion", arm): {0: run} for arm in told.after}
     first = next(iter(trials))
     assert told.pairs(runs | {first: trials[first]}) == []
-    assert told.pairs(runs | trials) == [(1.0, 1.0), (1.0, 1.0)]
+    assert told.pairs(trials | runs) == [(1.0, 1.0), (1.0, 1.0)]
 
 
 def test_every_recorded_arm_is_compared_somewhere() -> None:
