@@ -592,14 +592,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             for a in ("decay", *SWEEP[:2])
         ),
         *(
-            _masked(f"{size}-{{}}", a, 4, "sizes", **how)
-            for size, how in {
-                "deep": dict[str, Any](deeper=2, minutes=12),
-                "tiny": {"also": {"data": "tiny-imagenet-100", "patch": 8}},
-                "steps": {"also": {"batch": 64}, "rate": 0.5},
-                "wide": {"wider": 2, "minutes": 20},
-                "mask": {"also": {"mask_ratio": 0.9}},
-            }.items()
+            of(a, 4, "sizes")
+            for of in (
+                partial(_masked, "deep-{}", deeper=2, minutes=12),
+                partial(_masked, "tiny-{}", also={"data": "tiny-imagenet-100", "patch": 8}),
+                partial(_masked, "steps-{}", also={"batch": 64}, rate=0.5),
+                partial(_masked, "wide-{}", wider=2, minutes=20),
+                partial(_masked, "mask-{}", also={"mask_ratio": 0.9}),
+            )
             for a in RULED
         ),
         # Two descriptions of one net: do they still differ where rounding is finer?

@@ -252,7 +252,9 @@ LINKED = (
     "standard-xavier", *BOTH, "decay", "scaled-sum", "constant", *CELLS[:2], "standard-decay",
     "branch-scaled", *LEARNED, *SCHEDULES, *SWEEP,
 )  # fmt: skip
-DENOISER_TRIALS = tuple(f"{a}-lr-{r}" for a in ("plain", "decay") for r in ("0.5", "2"))
+DENOISER_TRIALS = tuple(
+    one.arm for one in EXPERIMENTS.values() if one.study == "diffusion" and "-lr-" in one.arm
+)
 DROPPING = ("-droppath", "-two-stage", "-mixture", "-no-freeze", "-random-freeze")
 
 

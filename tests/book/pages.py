@@ -1,6 +1,7 @@
 """Names of pages and chapters, read from the table of contents; the tools behind the book."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,14 @@ def toc_pages() -> list[str]:
 def chapters() -> list[str]:
     """The pages that are chapters: `book/01-…`, in order."""
     return [page for page in toc_pages() if Path(page).name[:2].isdigit()]
+
+
+def gpu_cell(chapter: str) -> tuple[str, str]:
+    """The first line of the one cell that a reader runs on a GPU, and the rest of it."""
+    cells = json.loads((ROOT / "book" / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    [cell] = [c for c in cells if "gpu" in c["metadata"].get("tags", [])]
+    first, rest = "".join(cell["source"]).split("\n", 1)
+    return first, rest
 
 
 def tool(name: str) -> ModuleType:

@@ -6,7 +6,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from pages import ROOT
+from pages import ROOT, gpu_cell
 
 from mini_resdecay import data, experiments, figures, results
 from mini_resdecay.checks import check
@@ -34,8 +34,7 @@ def test_the_gpu_cell_runs_with_its_first_line_changed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    [cell] = [c for c in CELLS if "gpu" in c.metadata.get("tags", [])]
-    first, rest = cell.source.split("\n", 1)
+    first, rest = gpu_cell("12-judging-generated-images")
     assert first == 'TIER, ARM = "cpu", "plain"  # on a T4: "t4", "cifar10-plain"'
     sets = {split: data.shapes(n, n)[0] for split, n in (("train", 96), ("test", 60))}
     monkeypatch.setattr(experiments, "load", lambda name, split, root: sets[split])

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from pages import ROOT
+from pages import gpu_cell
 
 from mini_resdecay import experiments, results
 
-CHAPTER = ROOT / "book/09-the-decayed-masked-autoencoder.ipynb"
 SIZES = {"images": 64, "batch": 32, "epochs": 1, "measured": 30, "dim": 12, "decoder_dim": 8}
 SMALL = [f"{key}={value}" for key, value in SIZES.items()]
 
@@ -18,9 +16,7 @@ SMALL = [f"{key}={value}" for key, value in SIZES.items()]
 def test_the_gpu_cell_runs_with_its_first_line_changed(
     tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    [cell] = [c for c in cells if "gpu" in c.metadata.get("tags", [])]
-    first, rest = cell.source.split("\n", 1)
+    first, rest = gpu_cell("09-the-decayed-masked-autoencoder")
     assert first.startswith('TIER, DATA = "cpu", "shapes"  # on a T4: "t4", "cifar10"')
     run = experiments.run
 
