@@ -411,7 +411,8 @@ _EXPECTS = {
     "on average; the best block is reported beside it",
     "sizes": "rule fixed before the runs: decay helps at this size or length if its kNN accuracy "
     "at the last block is above that of standard and of skips-only here, in all seeds, by 1 point "
-    "and 2 pooled deviations on average: all at one rate, in long runs each at that of its trial",
+    "and 2 pooled deviations on average: all at one rate, but that long decay takes, of 1/4 and 1 "
+    "times it, the one whose knn_held is higher in seed 0",
     "trial": "rule fixed before the runs: an arm takes that of 1/4, 1/2, 1 and 2 times the rate "
     "whose knn_held is highest in seed 0; no test image has a say",
     "trial of a denoiser": "rule fixed before the runs: an arm takes that of 1/2, 1 and 2 times "
@@ -578,7 +579,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         # Turn 0 is what the rule and the 2 x 2 compare. Trials of rates come before all that is
         # longer and takes the rate that won, but not first: seed 0 of an arm is its own trial at
         # the usual rate, at which all arms are compared anyway. A rate that wins gets more seeds.
-        *(_masked("{}", a, 0, seeds=tuple(range(5 if a in RULED else 3))) for a in _FIRST),
+        # *rates-taps* is decay in other words: what their seeds scatter by is noise alone.
+        *(
+            _masked("{}", a, 0, seeds=tuple(range(5 if a in (*RULED, "rates-taps") else 3)))
+            for a in _FIRST
+        ),
         *(
             _masked(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
             for a in RULED
@@ -602,12 +607,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             )
             for a in RULED
         ),
-        # Two descriptions of one net: do they still differ where rounding is finer?
+        # Where the sign may turn, and the square, where nets have left the plateau.
         *(
-            _masked("float32-{}", a, 4, "rates-taps", also={"precision": "no"}, minutes=20)
-            for a in ("decay", "rates-taps")
+            _masked("steps-{}", a, 4, a if a in CELLS else "sizes", also={"batch": 64}, rate=0.5)
+            for a in (*SWEEP[3:], *CELLS)
         ),
-        # The 2 x 2 explains decay, and so has its rate.
+        # At one rate; decay also at the one that won its trial of 15 epochs.
         *(
             _masked(
                 "long-{}",
@@ -618,9 +623,24 @@ EXPERIMENTS: dict[str, Experiment] = {
                 minutes=45,
                 keeps=a in RULED,
                 also={"tuned_images": 1200 if a in RULED else 0},
-                rate=TUNED.get(a if a in RULED else "decay", 1.0),
             )
             for a in (*RULED, "scaled-sum", *CELLS)
+        ),
+        _masked(
+            "long-{}-lr-0.25",
+            "decay",
+            5,
+            "trial",
+            also={"tuned_images": 1200},
+            rate=0.25,
+            epochs=(12, 90, 800),
+            minutes=45,
+            seeds=(0,),
+        ),
+        # Two descriptions of one net: do they still differ where rounding is finer?
+        *(
+            _masked("float32-{}", a, 6, "rates-taps", also={"precision": "no"}, minutes=20)
+            for a in ("decay", "rates-taps")
         ),
         *(_judge_of(data) for data in ("fashion-mnist", "cifar10")),
         *(
@@ -868,9 +888,11 @@ def _few(images: ImageSet, most: int, seed: int = 1) -> ImageSet:
 
 
 def _weights(net: Any, *_: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Nothing more to measure; what is kept."""
-    net = net.encoder if isinstance(net, MAE) else net
-    return {}, net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
+    """Nothing more to measure; what is kept: of an MAE its encoder, and the rest as "mae.…"."""
+    body = net.encoder if isinstance(net, MAE) else net
+    halves = {name: value.half() for name, value in net.named_parameters()}
+    rest = {f"mae.{k}": v for k, v in halves.items() if body is not net and k[:8] != "encoder."}
+    return {}, body.state_dict() | {k: v.half() for k, v in body.named_parameters()} | rest
 
 
 def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step:
@@ -1090,7 +1112,9 @@ def _see_masked(
     return {
         "knn_last": knn[-1],
         "knn_best": max(knn),
+        "probe_last": reuse.probe_accuracy(read[-1][:cut], labels[0], read[-1][cut:], labels[1]),
         "rank_entropy_last": reuse.rank_entropy(read[-1]),
+        "rank_entropy_centred_last": reuse.rank_entropy(read[-1], centre=True),
     }
 
 

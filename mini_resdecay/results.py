@@ -161,8 +161,9 @@ def value(run: Run, metric: str) -> float:
 def kept_tensors(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
     """What seed 0 of an arm kept beside its record, in float32 (in the file weights are halves).
 
-    The weights of an encoder or of a classifier, or "samples" [64, C, H, W] in 0…255. Their hash
-    stands in `metrics["encoder"]`, whichever they are, since encoders came first.
+    The weights of an encoder (with the rest of its MAE as "mae.…") or of a classifier, or
+    "samples" [64, C, H, W] in 0…255. Their hash stands in `metrics["encoder"]`, whichever they
+    are, since encoders came first.
     Opened as `load_runs` opens records. Raises ValueError if the run kept none, or if the file is
     not the one that it kept; OSError without network.
     """
@@ -176,7 +177,9 @@ def kept_tensors(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
     return {part: value.float() for part, value in safetensors.torch.load(content).items()}
 
 
-encoder_weights = kept_tensors  # of a run that trained an encoder
+def encoder_weights(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
+    """`kept_tensors` of a run that trained an encoder, without what else a masked one kept."""
+    return {k: v for k, v in kept_tensors(run, root).items() if not k.startswith("mae.")}
 
 
 def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_resdecay import data, experiments, figures, results, train
+from mini_resdecay import data, experiments, figures, results, train, vit
 from mini_resdecay.__main__ import main
 from mini_resdecay.experiments import (
     EXPERIMENTS,
@@ -336,18 +336,16 @@ NEIGHBOURS = [
         for one in experiments.RULED
         for rate in ("0.25", "0.5", "2")
     ),
-    *(
-        (one, f"long-{one}", f"epochs {'lr ' * (one in experiments.TUNED)}tuned_images")
-        for one in MASKED
-    ),
-    *(
-        (one, f"long-{one}", "epochs" + " lr" * ("decay" in experiments.TUNED))
-        for one in ("scaled-sum", *experiments.CELLS)
-    ),
+    *((one, f"long-{one}", "epochs tuned_images") for one in MASKED),
+    *((one, f"long-{one}", "epochs") for one in ("scaled-sum", *experiments.CELLS)),
+    ("long-decay", "long-decay-lr-0.25", "lr"),
     *((one, f"deep-{one}", "depth") for one in MASKED[:2]),
     ("decay", "deep-decay", "alpha_min depth"),
     *((one, f"tiny-{one}", "data patch") for one in MASKED),
-    *((one, f"steps-{one}", "batch lr") for one in MASKED),
+    *(
+        (one, f"steps-{one}", "batch lr")
+        for one in (*MASKED, *experiments.SWEEP[3:], *experiments.CELLS)
+    ),
     *((one, f"wide-{one}", "dim heads") for one in MASKED),
     *((one, f"float32-{one}", "precision") for one in ("decay", "rates-taps")),
     *((one, f"mask-{one}", "mask_ratio") for one in MASKED),
@@ -374,6 +372,7 @@ def test_arms_of_other_sizes_have_a_rule_that_they_can_meet():
         if (
             size in ("deep", "tiny", "steps", "wide", "mask", "long")
             and what not in experiments.CELLS
+            and "-lr-" not in what
         ):
             assert "at this size or length" in one.expects and "xavier" not in one.expects
         else:
@@ -397,10 +396,11 @@ def test_the_decay_study_runs_what_decides_first(tmp_path):
     assert len(runs) == len(set(runs)) == sum(len(one.seeds) for one in DECAY.values())
     deciding = list(experiments._FIRST)
     assert runs[:30] == [(arm, seed) for seed in (0, 1, 2) for arm in deciding]
-    assert runs[30:36] == [(arm, seed) for seed in (3, 4) for arm in MASKED]
+    more = [arm for arm in deciding if arm in (*MASKED, "rates-taps")]
+    assert runs[30:38] == [(arm, seed) for seed in (3, 4) for arm in more]
     order = [DECAY[arm].turn for arm, _ in runs]
     assert order == sorted(order)
-    for turn in range(6):
+    for turn in range(7):
         seeds = [seed for arm, seed in runs if DECAY[arm].turn == turn]
         assert seeds == sorted(seeds)
     assert all(arm.startswith("long-") == (DECAY[arm].turn == 5) for arm, _ in runs)
@@ -433,6 +433,26 @@ def test_D03_rates_and_taps_are_decay_and_neither_is_alone(monkeypatch):
     assert min(gaps.values()) > 1e-4
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_rates_and_taps_are_decay_bit_for_bit_where_scalings_are_exact(monkeypatch, precision):
+    """Factors that are powers of two round nothing: so no dtype treats the two differently."""
+
+    def halves(depth, alpha_min=1.0, *_):
+        return (1.0, 0.5 if alpha_min < 1 else 1.0) * depth
+
+    for module in (experiments, vit):
+        monkeypatch.setattr(module, "alpha_schedule", halves)
+    changes = [*LITTLE, "depth=6", "batch=16", "images=96", "epochs=6", f"precision={precision}"]
+    images, found = data.shapes(96, 96)[0], {}
+    for arm in ("decay", "rates-taps", "norms"):
+        recipe = recipe_of(DECAY[arm], "t4", changes)
+        state, batches, step = experiments._masked_training(recipe, 0, images, cpu=True)
+        train.fit(state, batches, step, until=20, every=1, quiet=True)
+        found[arm] = [line["loss"] for line in state.history]
+    assert len(found["decay"]) == 20
+    assert found["rates-taps"] == found["decay"] != found["norms"]
+
+
 @pytest.mark.parametrize("arm", experiments._ARMS)
 def test_every_arm_of_the_decay_study_trains(arm):
     changes = ["batch=16", "images=96", "lr=0.01", "epochs=4", *LITTLE]
@@ -448,10 +468,11 @@ def test_record_of_the_decay_study_follows_its_encoder_over_time(little_images, 
     assert not list(path.parent.glob("*.safetensors")) and "encoder" not in run.metrics
     seen, after = run.metrics["over_time"], run.metrics["trained"]
     assert seen["step"] == [6, 12, 24, 48]
-    for name in ("knn_last", "knn_best"):
+    for name in ("knn_last", "knn_best", "probe_last"):
         assert len(seen[name]) == 4 and all(0 < accuracy < 1 for accuracy in seen[name])
     assert seen["knn_last"] <= seen["knn_best"]
-    assert len(set(seen["rank_entropy_last"])) == 4
+    for name in ("rank_entropy_last", "rank_entropy_centred_last"):
+        assert len(set(seen[name])) == 4
     assert 0 < after["knn_held"] < 1
     # Who looks changes nothing.
     monkeypatch.setattr(experiments, "_watched", lambda step, *rest: step)
@@ -467,7 +488,7 @@ def test_fine_tuned_are_the_three_arms_of_the_rule_in_the_longest_runs(tier):
         for name, one in EXPERIMENTS.items()
         if (recipe := recipe_of(one, tier)) and getattr(recipe, "tuned_images", 0)
     }
-    assert tuned == {f"decay-long-{arm}": 1200 for arm in MASKED}
+    assert tuned == {f"decay-long-{arm}": 1200 for arm in (*MASKED, "decay-lr-0.25")}
 
 
 # An encoder with random branches and its fine-tuning, small; two classes, dark and bright.
@@ -653,9 +674,15 @@ def test_masked_autoencoder_is_recorded_with_its_encoder(little_images, arm):
     assert run.device.endswith(", bf16")
     assert len(run.first_losses) == 5
     recipe = recipe_of(EXPERIMENTS[f"mae-{arm}"], "cpu", changes)
-    vit = experiments.encoder_of(recipe, 32, 3)
-    vit.load_state_dict(results.encoder_weights(run, "runs"))
-    assert any(block.branch.out.weight.abs().sum() > 0 for block in vit.blocks)
+    body = experiments.encoder_of(recipe, 32, 3)
+    body.load_state_dict(results.encoder_weights(run, "runs"))
+    assert any(block.branch.out.weight.abs().sum() > 0 for block in body.blocks)
+    # The rest is there too, so that a recorded net can reconstruct.
+    kept = results.kept_tensors(run, "runs")
+    net = experiments._masked_training(recipe, 0, data.shapes(96, 96)[0], cpu=True)[0].net
+    whole = {"encoder." * (k[:4] != "mae.") + k.removeprefix("mae."): v for k, v in kept.items()}
+    assert net.load_state_dict(whole, strict=False).unexpected_keys == []
+    assert {name for name, _ in net.named_parameters()} <= set(whole)
 
 
 def test_probe_of_the_best_block_is_that_of_this_block_alone():
