@@ -518,7 +518,7 @@ _GENERATORS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 # As `TUNED`, for denoisers: by `held_loss`.
-TUNED_DENOISERS: dict[str, float] = {}
+TUNED_DENOISERS: dict[str, float] = {"plain": 2.0}
 
 
 def _diffusion(
