@@ -196,18 +196,16 @@ def curves(
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
-    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `band=True` shades lowest
-    to highest seed instead of drawing each; `references` are labelled level lines, `window` a
-    shaded stretch of x; gaps are NaN.
+    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `band=True` shades
+    lowest to highest seed instead of drawing each; `references` are labelled level lines, `window`
+    a shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
-    height = math.ceil(len(panels) / 3)
-    shape = height, math.ceil(len(panels) / height)
+    shape = (height := math.ceil(len(panels) / 3)), math.ceil(len(panels) / height)
     size = (5.6, 4.2) if len(panels) == 1 else (6.4, 1.7 + 2.3 * height)
     with canvas(*shape, alt=alt, size=size, sharex=True, sharey=True) as axes:
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
+        plt.setp(axes.flat[len(panels) :], visible=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             _draw_arms(axis, _array("x", x, -1), lines, band)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
@@ -215,8 +213,7 @@ def curves(
             if window:
                 axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        for axis in axes[:, 0]:
-            axis.set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
+        plt.setp(axes[:, 0], ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
         heading = f"{spread}; thick: mean over seeds" if several else None

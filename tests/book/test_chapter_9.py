@@ -1,13 +1,11 @@
 """Chapter 9: the cell for a T4, rehearsed at a small size, and what it shows of records to come."""
 
 import json
-import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from pages import ROOT, gpu_cell
 
@@ -49,8 +47,8 @@ CELLS = {
     )["cells"]
 }
 # The cells that read records alone, in order; of two more the part before anything is trained.
-RECORDED = ("04", "08", "11", "13", "21", "22", "24", "trend", "26", "30", "33", "35")
-UNTIL = {"11": "decayed, off = ", "13": "\n\n\ndef untrained"}
+RECORDED = ("04", "08", "11", "13", "21", "22", "24", "trend", "26", "30", "32", "33", "35")
+UNTIL = {"11": "decayed, off = ", "13": "\n\n\ndef untrained", "32": "with figures.frames"}
 
 
 def made_up(one: experiments.Experiment, seed: int, like: results.Run) -> results.Run:
@@ -93,7 +91,7 @@ def test_every_record_of_the_decay_study_would_have_its_number(
             results.write(made_up(one, seed, like), tmp_path)
     names, alts = shown(tmp_path, monkeypatch)
     told = capsys.readouterr().out
-    assert all(len(alt) > 40 for alt in alts) and len(alts) == 7
+    assert all(len(alt) > 40 for alt in alts) and len(alts) == 6
     table, _, trials = told.partition("30 epochs: raw pixels")[2].partition("trials, on held-out")
     rates = re.findall(r"^(\S+) +0\.", trials, re.MULTILINE)
     printed = set(re.findall(r"^(\S+) +[1-5] \d\.\d{3}", table, re.MULTILINE)) | set(rates)
@@ -106,8 +104,7 @@ def test_every_record_of_the_decay_study_would_have_its_number(
     assert "of the zero start: " in trials
     assert "15 epochs, decay-xavier less skips-only-xavier" in trials
     # All nine bars, every seed of each, and the sweep from end to end.
-    assert np.isfinite(names["ours"]).all(0).sum() == 0 and names["ours"].shape == (5, 9)
-    assert (names["ours"].count(0) == [5, 3, 3, 3, 5, 3, 3, 3, 3]).all()
+    assert names["ours"].count(0).tolist() == [5, 3, 3, 3, 5, 3, 3, 3, 3]
     assert len(names["there"]) == 8
     assert names["lines"]["block 6"].count(0).tolist() == [3, 3, 5, 3, 3, 3, 3, 5]
 
@@ -120,7 +117,7 @@ def test_few_records_are_enough_for_every_cell(
     like = results.load_runs("decay", "decay", ROOT / "book" / "results")[0]
     ready = [*experiments.EXPERIMENTS["mae-decay"].seeds]
     some = {"long-standard": [0], "steps-skips-only": [0], "float32-decay": [0], "deep-decay": [0]}
-    some |= dict.fromkeys((*experiments.RULED, "rates-taps", "norms", "rates", "taps"), [0, 1])
+    some |= dict.fromkeys(experiments._FIRST, [0, 1])
     for one in experiments.EXPERIMENTS.values():
         seeds = {"mae": ready, "decay": some.get(one.arm, [])}.get(one.study, [])
         for seed in seeds:
@@ -129,5 +126,5 @@ def test_few_records_are_enough_for_every_cell(
     told = capsys.readouterr().out
     assert "of the zero start: " not in told
     assert [name for name in names["less"]][:2] == ["30 epochs", "15 epochs"]
-    assert list(names["panels"]) == ["controls", "square"]
-    assert names["ahead"] == [] or math.isfinite(len(names["ahead"]))
+    assert re.search(r"^90 epochs +$", told, re.MULTILINE)  # nothing to compare yet
+    assert set(names["ahead"]) <= {"30 epochs", "15 epochs"}
