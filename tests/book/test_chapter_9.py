@@ -99,7 +99,7 @@ def test_every_record_of_the_decay_study_would_have_its_number(
     sized = re.compile("(?:deep|tiny|steps|wide|mask|long|float32)-")
     assert {sized.sub("", arm) for arm in arms} <= printed | {"untrained"}
     assert len(re.findall("raw pixels have", told)) == len(names["STUDIES"]) == 9
-    assert len(re.findall("fine-tuned after .* 0.777±0.000 0.777±0.000", trials)) == 3
+    assert len(re.findall("fine-tuned from .* 0.777±0.000 0.777±0.000", trials)) == 3
     assert len(re.findall(r"^.* [+-]\d\.\d{3} \(\d\) [+-]", trials, re.MULTILINE)) == 8
     assert "of the zero start: " in trials
     assert "15 epochs, decay-xavier less skips-only-xavier" in trials
