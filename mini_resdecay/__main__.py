@@ -18,7 +18,10 @@ from .experiments import EXPERIMENTS, TIERS, made_with
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.
 DIAGNOSED = ("init.rebound.cka", "trained.rebound.cka", "trained.accuracy")
 FEATURES = ("knn_last", "knn_best", "probe_last", "probe_best", "rank_entropy.-1", "loss")
-SAMPLES = ("fd", "precision", "recall", "coverage", "knn_best", "probe_best", "test_loss")
+SAMPLES = (
+    *("fd", "precision", "recall", "density", "coverage", "knn_best", "probe_best"),
+    *("rank_entropy.100.3", "held_loss", "test_loss"),
+)
 REPORTED = {
     study: tuple(f"trained.{metric}" for metric in metrics)
     for study, metrics in {"mae": FEATURES, "decay": FEATURES, "diffusion": SAMPLES}.items()
@@ -67,9 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> None:
-    for name, experiment in EXPERIMENTS.items():
-        cost = f"{len(experiment.seeds)} seeds of {experiment.minutes:4g} min"
-        print(f"{name:42} {cost}  {experiment.source}")
+    for name, one in EXPERIMENTS.items():
+        print(f"{name:42} {len(one.seeds)} seeds of {one.minutes:4g} min  {one.source}")
     for study in dict.fromkeys(experiment.study for experiment in EXPERIMENTS.values()):
         mine = [experiment for experiment in EXPERIMENTS.values() if experiment.study == study]
         hours = sum(len(one.seeds) * one.minutes for one in mine) / 60
@@ -77,8 +79,12 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    wanted = "be one arm, not a study; `list` names the arms of each"
-    require("name", options.name, not options.name.endswith("-study"), wanted)
+    require(
+        "name",
+        options.name,
+        not options.name.endswith("-study"),
+        "be one arm, not a study; `list` names the arms of each",
+    )
     experiment = experiments.get(options.name)
     print(f"{experiment.name}\n  source:  {experiment.source}\n  expects: {experiment.expects}")
     cost = f"{experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB"
@@ -93,8 +99,7 @@ def _run(options: argparse.Namespace) -> None:
     if whole != "study":
         _run_one(options, options.name, options.seed)
         return
-    part, parts = _part(options.part)
-    left = experiments.queue(study, options.out, part, parts)
+    left = experiments.queue(study, options.out, *_part(options.part))
     for place, (experiment, seed) in enumerate(left, 1):
         print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
         _run_one(options, experiment.name, seed)

@@ -258,8 +258,10 @@ def scatter_seeds(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, *, alt: 
     across = _array("x", x, -1, -1)
     up = _array("y", y, *across.shape)
     rho = [_spearman(a, b) for a, b in zip(across, up, strict=True)]
-    pooled = f"Spearman ρ = {_spearman(across.ravel(), up.ravel()):.2f} over all points"
-    title = f"{pooled},\n{np.min(rho):.2f} to {np.max(rho):.2f} within one seed".replace("-", "−")
+    title = (
+        f"Spearman ρ = {_spearman(across.ravel(), up.ravel()):.2f} over all points,\n"
+        f"{np.min(rho):.2f} to {np.max(rho):.2f} within one seed"
+    ).replace("-", "−")
     with canvas(alt=alt, size=(5.6, 4.8)) as [[axis]]:
         looks = arm_styles([f"seed {i}" for i in range(len(rho))])
         for (name, (colour, marker, _)), a, b in zip(looks.items(), across, up, strict=True):
@@ -406,17 +408,49 @@ def _mosaic(rows: Names, columns: Names, alt: str) -> Iterator[plt.Axes]:
 
 def image_grid(images: Any, *, alt: str, titles: Names | None = None, columns: int = 8) -> None:
     """Pictures in rows: [N, H, W] or [N, C, H, W], uint8 in 0 to 255 or floats in [-1, 1]."""
-    stack = np.asarray(images) if np.ndim(images) == 3 else np.moveaxis(np.asarray(images), 1, -1)
-    pictures = stack / 255 if stack.dtype == np.uint8 else np.clip((stack + 1) / 2, 0, 1)
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    named = zip(pictures, titles or [""] * len(pictures), strict=True)
-    with canvas(rows, columns, alt=alt, size=(WIDEST, rows * (WIDEST / columns + 0.25))) as axes:
-        for axis in axes.flat:
-            axis.set_axis_off()
+    _draw_pictures(_pictures(images), titles or [""] * len(images), columns, alt)
+
+
+def image_rows(rows: Mapping[str, Any], *, columns: int = 10, alt: str | None = None) -> None:
+    """The first pictures of each {title: images}, a row each; `images` are as in `image_grid`.
+
+    Rows may differ in size and in channels. `alt` is by default the titles.
+    """
+    rimmed = (
+        np.pad(_pictures(row)[:columns], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
+        for row in rows.values()
+    )
+    _draw_pictures(
+        [np.hstack([*row]) for row in rimmed],
+        [*rows],
+        columns=1,
+        alt=alt or f"Rows of {columns} pictures, a row for each of {', '.join(rows)}, from above.",
+        place="left",
+    )
+
+
+def _pictures(images: Any) -> Array:
+    """As [N, H, W, C], from 0 to 1."""
+    stack = np.asarray(images)
+    stack = stack[..., None] if stack.ndim == 3 else np.moveaxis(stack, 1, -1)
+    return stack / 255 if stack.dtype == np.uint8 else np.clip((stack + 1) / 2, 0, 1)
+
+
+def _draw_pictures(
+    pictures: Sequence[Array] | Array, titles: Names, columns: int, alt: str, place: str = "center"
+) -> None:
+    columns, (high, wide, _) = min(columns, len(pictures)), pictures[0].shape
+    rows, named = math.ceil(len(pictures) / columns), zip(pictures, titles, strict=True)
+    with canvas(
+        rows,
+        columns,
+        alt=alt,
+        size=(WIDEST, rows * (WIDEST / columns * high / wide + 0.25)),
+        subplot_kw={"frame_on": False, "xticks": [], "yticks": []},
+    ) as axes:
         for axis, (picture, title) in zip(axes.flat, named, strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            axis.set_title(title, fontsize=9, pad=2)
+            axis.set_title(title, fontsize=9, pad=2, loc=place)
 
 
 def block_diagram(*, alt: str) -> None:
@@ -433,8 +467,9 @@ def block_diagram(*, alt: str) -> None:
             axis.text(0, -0.1, "$h$", **middle)
             axis.text(0, 4.15, "$h + f(h)$" if residual else "$f(h)$", **middle)
             if residual:
-                around = ([0, 1.2, 1.2, 0.25], [0.5, 0.5, 3.1, 3.1])
-                axis.plot(*around, colour, marker="<", markevery=[3])
+                axis.plot(
+                    [0, 1.2, 1.2, 0.25], [0.5, 0.5, 3.1, 3.1], colour, marker="<", markevery=[3]
+                )
                 axis.text(0, 3.1, "+", bbox=box | {"boxstyle": "circle,pad=0.2"}, **middle)
                 axis.text(1.35, 1.6, "shortcut", rotation=90, va="center")
 
@@ -451,8 +486,7 @@ def path_diagram(rows: Mapping[str, Sequence[str]], *, alt: str) -> None:
             axis.plot([-0.9, count - 0.1], [down, down], BLACK, marker=">", markevery=[1])
             axis.text(-0.9, down + 1.35, title, fontsize=11, fontweight="bold")
             for i, part in enumerate(parts):
-                name = {0: "stem", count - 1: "head"}.get(i, f"$f_{i}$")
-                _draw_part(axis, i, down, part, name)
+                _draw_part(axis, i, down, part, {0: "stem", count - 1: "head"}.get(i, f"$f_{i}$"))
         axis.set(xlim=(-1, count), ylim=(1.6 - 2.1 * len(rows), 1.9))
         axis.set_axis_off()
         looks = [plt.Rectangle((0, 0), 1, 1, label=name, **PARTS[name]) for name in PARTS]

@@ -71,8 +71,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         """+0.206±0.068*: mean and half-width, with a star if 0 lies outside."""
-        star = "*" if abs(self.mean) > self.half_width else ""
-        return f"{self.mean:+.3f}±{self.half_width:.3f}{star}"
+        return f"{self.mean:+.3f}±{self.half_width:.3f}" + "*" * (abs(self.mean) > self.half_width)
 
 
 def write(run: Run, folder: str | Path) -> Path:
@@ -159,11 +158,11 @@ def value(run: Run, metric: str) -> float:
 
 
 def kept_tensors(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
-    """What seed 0 of an arm kept beside its record, in float32 (in the file weights are halves).
+    """What seed 0 of an arm kept beside its record.
 
-    The weights of an encoder (with the rest of its MAE as "mae.…") or of a classifier, or
-    "samples" [64, C, H, W] in 0…255. Their hash stands in `metrics["encoder"]`, whichever they
-    are, since encoders came first.
+    Weights are those of a classifier or of an encoder (with the rest of its MAE as "mae.…"), in
+    float32 (in the file they are halves); "samples" are uint8 [64, C, H, W]. Their hash stands in
+    `metrics["encoder"]`, whichever they are, since encoders came first.
     Opened as `load_runs` opens records. Raises ValueError if the run kept none, or if the file is
     not the one that it kept; OSError without network.
     """
@@ -174,7 +173,10 @@ def kept_tensors(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
     content = (folder / name if folder else _fetch(name, kept["sha256"])).read_bytes()
     if sha256(content) != kept["sha256"]:
         raise ValueError(f"{name} is not the file that its run kept: the sha256 does not match")
-    return {part: value.float() for part, value in safetensors.torch.load(content).items()}
+    return {
+        part: value.float() if value.is_floating_point() else value
+        for part, value in safetensors.torch.load(content).items()
+    }
 
 
 def encoder_weights(run: Run, root: str | Path | None = None) -> dict[str, Tensor]:
@@ -188,6 +190,16 @@ def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:
         raise ValueError("runs is empty: there is nothing to summarise")
     values = [value(run, metric) for run in runs]
     return mean(values), stdev(values) if len(values) > 1 else 0.0, len(values)
+
+
+def told(runs: Sequence[Run], part: str, *names: str) -> str:
+    """Means and, of several runs, deviations of metrics, in columns: "0.677±0.015 3.195±0.129".
+
+    `told(runs, "trained", "fd", "knn.100.3")` is of "trained.fd" and "trained.knn.100.3".
+    """
+    found = (summary(runs, f"{part}.{name}") for name in names)
+    columns = (f"{middle:.3f}" + f"±{sd:.3f}" * (n > 1) for middle, sd, n in found)
+    return " ".join(f"{column:11}" for column in columns).rstrip()
 
 
 def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
@@ -264,8 +276,9 @@ def environment(gpu: bool = True) -> dict[str, Any]:
     `gpu` says whether the run was on the GPU, where there is one. `commit` has a "+" if files
     differ from it, and is "unknown" outside of a checkout.
     """
-    versions = {"mini_resdecay": __version__, "python": platform.python_version()}
-    versions |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "accelerate")}
+    versions = {"mini_resdecay": __version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in ("torch", "numpy", "accelerate")
+    }
     gpu = gpu and torch.cuda.is_available()
     cpu = f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"
     device = torch.cuda.get_device_name() if gpu else cpu

@@ -61,6 +61,7 @@ DRAW = {
     ),
     "input_maps": lambda alt: figures.input_maps(PLANES, ROWS, COLUMNS, alt=alt),
     "image_grid": lambda alt: figures.image_grid(PLANES[:, 0], alt=alt, titles=ROWS),
+    "image_rows": lambda alt: figures.image_rows(dict.fromkeys(ROWS, PLANES[:, :1]), alt=alt),
     "block_diagram": lambda alt: figures.block_diagram(alt=alt),
     "path_diagram": lambda alt: figures.path_diagram(figures.path_rows([1, 0, 1]), alt=alt),
 }
@@ -139,7 +140,7 @@ def test_text_is_large_and_dark(name, monkeypatch):
     assert min(contrast_with_white(text.get_color()) for text in texts) >= 4.5
 
 
-UNSCALED = ("image_grid", "block_diagram", "path_diagram")
+UNSCALED = ("image_grid", "image_rows", "block_diagram", "path_diagram")
 
 
 @pytest.mark.parametrize("name", [n for n in DRAW if n not in UNSCALED])
@@ -283,6 +284,31 @@ def test_images_of_bytes_and_of_floats_look_the_same(monkeypatch):
         fig = drawn(lambda images=images: figures.image_grid(images, alt=ALT), monkeypatch)
         shown = fig.axes[1].images[0].get_array()
         np.testing.assert_allclose(shown, np.moveaxis(pixels[1], 0, -1) / 255, atol=1e-6)
+
+
+def test_rows_of_pictures_may_differ_in_size_and_colour(monkeypatch):
+    grey = torch.from_numpy(RNG.integers(0, 256, (4, 1, 5, 5)).astype(np.uint8))
+    colour = RNG.uniform(-1, 1, (12, 3, 8, 8))
+    rows = {"small": grey, "large": colour}
+    small, large = drawn(lambda: figures.image_rows(rows, columns=3), monkeypatch).axes
+    assert [axis.get_title(loc="left") for axis in (small, large)] == ["small", "large"]
+    # The first three, each with a white rim.
+    strip = np.ones((7, 21))
+    for k in range(3):
+        strip[1:6, 7 * k + 1 : 7 * k + 6] = grey[k, 0] / 255
+    np.testing.assert_allclose(np.squeeze(small.images[0].get_array()), strip)
+    shown = large.images[0].get_array()
+    assert shown.shape == (10, 30, 3)
+    np.testing.assert_allclose(shown[1:9, 21:29], (np.moveaxis(colour[2], 0, -1) + 1) / 2)
+    assert {image.get_clim() for axis in (small, large) for image in axis.images} == {(0, 1)}
+    assert not any(axis.get_xticks().size or axis.get_frame_on() for axis in (small, large))
+
+
+def test_rows_of_pictures_are_told_by_their_titles():
+    with figures.frames() as shots:
+        figures.image_rows({"plain": PLANES[:, :1], "decay": PLANES[:, :1]}, columns=3)
+    told = "Rows of 3 pictures, a row for each of plain, decay, from above."
+    assert shots[0][1] == told
 
 
 def test_the_picture_follows_the_data():

@@ -288,7 +288,8 @@ def test_without_a_checkout_runs_are_fetched_once(release: dict) -> None:
 
 
 def test_without_a_checkout_kept_tensors_are_fetched_once(release: dict) -> None:
-    content = safetensors.torch.save({"weight": torch.tensor([0.5, -2.0]).half()})
+    parts = {"weight": torch.tensor([0.5, -2.0]).half(), "samples": torch.tensor([255]).byte()}
+    content = safetensors.torch.save(parts)
     told = {"encoder": {"sha256": hashlib.sha256(content).hexdigest()}}
     run = dataclasses.replace(load_runs("other")[0], metrics=told)
     name = f"{run.study}/{run.arm}-s{run.seed}.safetensors"
@@ -298,6 +299,7 @@ def test_without_a_checkout_kept_tensors_are_fetched_once(release: dict) -> None
         found = results.kept_tensors(run)
         assert found["weight"].dtype == torch.float32
         assert found["weight"].tolist() == [0.5, -2.0]
+        assert found["samples"].dtype == torch.uint8 and found["samples"].tolist() == [255]
         assert len(release["asked"]) == 1
 
 
@@ -392,6 +394,14 @@ def test_summary() -> None:
     assert summary(with_metric([2.0]), "test.accuracy") == (2.0, 0.0, 1)
     with pytest.raises(ValueError, match="runs is empty"):
         summary([], "test.accuracy")
+
+
+def test_told_has_a_deviation_where_there_are_several() -> None:
+    three = with_metric([1.0, 2.0, 6.0])
+    assert results.told(three, "test", "accuracy", "accuracy") == "3.000±2.646 3.000±2.646"
+    assert results.told(three[:1], "test", "accuracy", "accuracy") == "1.000       1.000"
+    with pytest.raises(ValueError, match="accuracy"):
+        results.told(three, "test", "acuracy")
 
 
 def test_paired_interval_of_five_is_the_sheet_s() -> None:
