@@ -14,8 +14,9 @@ CH ?=
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
-# Chapters run as a reader runs them: inline figures, no hub, no local data.
-AS_READER := env -u MPLBACKEND -u MINI_RESDECAY_DATA HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+# Chapters run as a reader runs them: inline figures, no hub, no local data. No bar in an output.
+AS_READER := env -u MPLBACKEND -u MINI_RESDECAY_DATA HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+    TQDM_DISABLE=1
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help

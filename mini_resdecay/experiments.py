@@ -23,7 +23,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import StackDataset, Subset
-from tqdm import tqdm
 
 from . import results, reuse
 from .cnn import ResidualCNN
@@ -65,6 +64,7 @@ from .toy import ResidualMLP, accuracy, seeded_nets, spiral, train_together
 from .train import (
     Step,
     TrainState,
+    bar,
     cosine_schedule,
     fit,
     load_checkpoint,
@@ -258,8 +258,10 @@ class Experiment:
 def _spiral(
     arm: str, expects: str, source: str = "arXiv 2411.09475, figures 1 to 4", /, **changes: Any
 ) -> Experiment:
-    tiers = dict.fromkeys(TIERS, SpiralRecipe(**changes))
-    return Experiment("spiral", arm, tiers, source, expects, 0.2, 0.6, (0, 1, 2, 3, 4))
+    return Experiment(
+        "spiral", arm, dict.fromkeys(TIERS, SpiralRecipe(**changes)), source, expects,
+        0.2, 0.6, (0, 1, 2, 3, 4),
+    )  # fmt: skip
 
 
 def _by_tier(t4: Recipe, cpu: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Recipe]:
@@ -312,12 +314,14 @@ def _droppath(data: str, net: str, arm: str, p: float, seeds: int, few: bool = F
 
 
 def _judge_of(data: str) -> Experiment:
-    """The classifier by whose features all samples of the study `diffusion` are judged."""
-    t4 = ImageRecipe(
-        data=data, images=60_000, epochs=4, blocks=2, flips=data == "cifar10", measured=500
-    )
+    """The classifier by whose features all samples of a set are judged."""
     return Experiment(
-        "judge", data, _by_tier(t4, {"images": 1000, "epochs": 2}, {"epochs": 40}),
+        "judge", data,
+        _by_tier(
+            ImageRecipe(data, 60_000, 4, blocks=2, flips=data != "fashion-mnist", measured=500),
+            {"images": 1000, "epochs": 2},
+            {"epochs": 40},
+        ),
         "a net as in arXiv 1603.05027, whose features stand in for Inception",
         "no rule: it is trained once, before the study, and its kept bytes are the measure",
         10, 1.5, (0,), keeps=True,
@@ -429,8 +433,11 @@ _EXPECTS = {
     "that; they do not if all of it is farther, on the side of decay's effect; else this is open. "
     "Added while the first two nets trained, before any was read: none of it is read unless the "
     "judge finds the class that was asked for in half of plain's samples, without guidance, on "
-    "average over seeds, since nets that draw nothing yet tell nothing. "
+    "average over seeds, since nets that draw nothing yet tell nothing; for CIFAR-10 likewise of "
+    "cifar10-plain's samples; added before any of its runs. "
     "Of all other arms the intervals are reported, and decide nothing",
+    "not run": "not run: for those with a GPU. Minutes and memory are estimates; there is no rule, "
+    "intervals would be reported and decide nothing",
     "sweep": "rule fixed before the runs: the product is the knob if decay, whose product is in "
     "[1e-3, 1e-2), is above every other alpha_min by the 95 % interval over paired seeds; eps is "
     "at work where that of undamped minus damped excludes 0",
@@ -654,6 +661,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             for rate in (0.5, 2.0)
             for seeds in [(0, 1, 2) if TUNED_DENOISERS.get(arm) == rate else (0,)]
         ),
+        # A study of its own, so that the other need not wait for this judge.
+        *(
+            replace(one, study=study, expects=_EXPECTS["not run"], minutes=45, memory_gib=5)
+            for study, arms in {
+                "judge": [_judge_of("tiny-imagenet-100")],
+                "diffusion64": [
+                    _diffusion(arm, 0, changes | {"data": "tiny-imagenet-100", "patch": 8})
+                    for arm, changes in _GENERATORS[0].items()
+                ],
+            }.items()
+            for one in arms
+        ),
     )
 }
 
@@ -703,10 +722,13 @@ def queue(
     Raises ValueError for an unknown study, and if a judge that a run needs is not there.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
-    runs = [(one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds]
-    runs.sort(key=lambda run: (run[0].turn, run[1]))
+    runs = sorted(
+        ((one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds),
+        key=lambda run: (run[0].turn, run[1]),
+    )
     left = [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
-    for data in sorted({recipe_of(one, "t4").data for one, _ in left if study == "diffusion"}):
+    recipes = {one.tiers["t4"] for one, _ in left}
+    for data in sorted({one.data for one in recipes if isinstance(one, DiffusionRecipe)}):
         _kept_judge(data)
     return left
 
@@ -812,7 +834,7 @@ def _train_spiral(recipe: SpiralRecipe, net: ResidualMLP, seed: int) -> list[flo
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
     step = partial(ARMS[recipe.arm][0], net, optimizer, lambda: F.cross_entropy(net(x), y))
     masks, losses = torch.Generator().manual_seed(10_000 + seed), []
-    for call in tqdm(range(calls), disable=None, delay=5):
+    for call in bar(range(calls)):
         losses.append(step(recipe.p, masks).stage1.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"loss is {losses[-1]} at step {call + 1}, lr={recipe.lr}")
@@ -958,11 +980,12 @@ def _length(recipe: SpiralRecipe | ImageRecipe, iterations: int) -> tuple[int, i
     `plain-eq` as much compute.
     """
     known("arm", recipe.arm, (*PLAIN, *ARMS))
-    if recipe.arm in ("plain", "droppath"):
-        return iterations, 1
-    if recipe.arm == "plain-eq":
-        return round(iterations / 2 * ARMS["two-stage"][1](recipe.p) / 3), 1
-    return iterations // 2, 1 if recipe.arm == "plain-half" else 2
+    return {
+        "plain": (iterations, 1),
+        "droppath": (iterations, 1),
+        "plain-half": (iterations // 2, 1),
+        "plain-eq": (round(iterations / 2 * ARMS["two-stage"][1](recipe.p) / 3), 1),
+    }.get(recipe.arm, (iterations // 2, 2))
 
 
 def _arm_step(recipe: ImageRecipe, state: TrainState, batch: Any) -> dict[str, Any]:
@@ -1253,7 +1276,8 @@ def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float
             net, x.shape, "ddim", recipe.sampling_steps, y=c if recipe.labelled else None,
             guidance=guidance, clip=1.0, noise=x,
         ).cpu()
-        for x, c in zip(noise, y, strict=True)
+        # On the line of the bar of `fit`, in which some are drawn.
+        for x, c in bar([*zip(noise, y, strict=True)], desc="samples", position=0, leave=False)
     ])  # fmt: skip
 
 

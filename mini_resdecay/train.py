@@ -13,6 +13,7 @@ import json
 import math
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ def fit(
     its own rows of a batch (`rows`). A JSON line in `log` holds the mean over the last `every`
     steps; those lines are in `state.history` too. `checkpoint` is a folder: written each
     `checkpoint_every` steps, at the end, and on Ctrl-C or SIGTERM, which end the run after the
-    step under way. `until` stops early; `quiet` None shows the bar on a terminal only.
+    step under way. `until` stops early; for `quiet` see `bar`.
     Raises FloatingPointError, naming the step, when a metric is not finite; ValueError where
     `checkpoint` is of another experiment, that is, has another `fingerprint`.
     """
@@ -165,7 +166,7 @@ def fit(
     end = len(batches) if until is None else min(until, len(batches))
     start = time.perf_counter() - state.seconds
     state.model.train()
-    with tqdm(total=end, initial=state.step, disable=quiet, delay=5) as bar, _signals() as caught:
+    with bar(total=end, initial=state.step, quiet=quiet) as shown, _signals() as caught:
         while state.step < end:
             batch = send_to_device(batches[state.step], state.accelerator.device)
             lr = state.optimizer.param_groups[0]["lr"]
@@ -175,11 +176,11 @@ def fit(
             update_ema(state)
             state.step += 1
             state.seconds = time.perf_counter() - start
-            bar.update()
+            shown.update()
 
             if state.step % every == 0 or state.step == len(batches):
                 add_to_log(state, lr, log)
-                bar.set_postfix(loss=state.history[-1].get("loss"))
+                shown.set_postfix(loss=state.history[-1].get("loss"), refresh=False)
             stop = _any_process(state.accelerator, caught)
             save = state.step % checkpoint_every == 0 or state.step == end or stop
             if save and checkpoint is not None:
@@ -188,6 +189,15 @@ def fit(
                 raise KeyboardInterrupt(f"stopped by a signal after step {state.step}")
     settle(state)
     return state
+
+
+def bar(*what: Any, quiet: bool | None = None, **more: Any) -> Any:
+    """The bar of `tqdm`, from the sixth second on; `quiet` None shows it where it can be seen.
+
+    That is on a terminal, and in a notebook, whose stderr is none, unless TQDM_DISABLE is set.
+    """
+    noted = quiet is None and "ipykernel.zmqshell" in sys.modules  # a kernel alone imports it
+    return tqdm(*what, **more, delay=5, **({"mininterval": 1} if noted else {"disable": quiet}))
 
 
 def rows(state: TrainState, batch: Any) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -789,8 +790,11 @@ def test_a_study_looks_for_all_its_judges_before_its_first_run(tmp_path, monkeyp
     monkeypatch.setattr(results, "checkout", lambda: book)
     monkeypatch.setattr(results, "load_runs", lambda study, data: asked.append(data) or [data])
     monkeypatch.setattr(results, "kept_tensors", lambda run: {})
-    assert len(experiments.queue("diffusion", tmp_path)) == 40
+    runs = sum(len(one.seeds) for one in DIFFUSION.values())
+    assert len(experiments.queue("diffusion", tmp_path)) == runs
     assert asked == ["cifar10", "fashion-mnist"]
+    assert len(experiments.queue("diffusion64", tmp_path)) == 9
+    assert asked[2:] == ["tiny-imagenet-100"]  # for which nobody else waits
     monkeypatch.undo()
     monkeypatch.setattr(results, "checkout", lambda: book)
     ran = []
@@ -953,6 +957,21 @@ def test_a_tenth_of_the_labels_is_dropped(monkeypatch):
     assert dropped == pytest.approx(0.1, abs=0.03)  # four deviations of 1600 draws
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_notebook_sees_a_bar_of_a_run_and_of_its_samples(kernel, monkeypatch):
+    asked, real = [], train.tqdm
+    monkeypatch.setattr(train, "tqdm", lambda *a, **k: asked.append(k) or real(*a, **k))
+    monkeypatch.delitem(sys.modules, "ipykernel.zmqshell", raising=False)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", None)
+    recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, *ROUGH])
+    state, batches, step = experiments._diffusion_training(recipe, 0, data.shapes(96, 96)[0])
+    train.fit(state, batches, step, until=1)
+    experiments._draw(state.ema, recipe, 0, 20)
+    assert [one.get("disable", "shown") for one in asked] == 2 * ["shown" if kernel else None]
+    assert [one["delay"] for one in asked] == [5, 5]
+
+
 def test_samples_of_a_seed_start_from_the_same_noise():
     recipe = DiffusionRecipe(samples=40, guided=20, sampling_steps=2, labelled=False)
     silent = [UViT(8, 4, 16, 2, 2, long_skips=s, zero_init=True) for s in (True, False)]
@@ -1096,6 +1115,40 @@ def test_killed_denoiser_goes_on_from_its_checkpoint_to_the_same_record(little_j
     assert begun == [100, 0]  # the run, then its first losses
     assert again.metrics == whole.metrics  # with mean weights, FD, and the hash of the samples
     assert (again.curve, again.first_losses) == (whole.curve, whole.first_losses)
+
+
+DIFFUSION64 = {one.arm: one for one in EXPERIMENTS.values() if one.study == "diffusion64"}
+
+
+@pytest.mark.parametrize("tier", experiments.TIERS)
+def test_arms_at_64_pixels_are_those_of_cifar10_in_larger_patches(tier):
+    assert list(DIFFUSION64) == ["plain", "no-skips", "decay"]
+    for arm, one in DIFFUSION64.items():
+        assert one.expects.startswith("not run: for those with a GPU")
+        assert not (BOOK / one.study).exists()  # else this line, setup.md and B11 are to change
+        near = DIFFUSION["cifar10-plain" if arm == "no-skips" else f"cifar10-{arm}"]
+        changed = {"data": ("cifar10", "tiny-imagenet-100"), "patch": (4, 8)}
+        changed |= {"long_skips": (True, False)} if arm == "no-skips" else {}
+        assert diff(recipe_of(near, tier), recipe_of(one, tier)) == changed
+
+
+def test_a_denoiser_of_64_pixels_runs_and_is_judged(little_images, monkeypatch):
+    monkeypatch.setattr(results, "checkout", lambda: Path("runs"))
+    small = experiments.load
+    monkeypatch.setattr(experiments, "load", lambda *name: twice_as_large(small(*name)))
+    judge = results.read(experiments.run("judge-tiny-imagenet-100", changes=little_images))
+    assert judge.recipe["flips"]
+    changes = [*DENOISER, *ROUGH, "patch=16", "samples=20", "guided=10"]
+    run = results.read(experiments.run("diffusion64-decay", changes=changes))
+    found = run.metrics["trained"]
+    assert found["fd_name"]["fd"] == "FD_judge-tiny-imagenet-100@20" and found["fd"] > 0
+    assert found["judge"] == judge.metrics["encoder"]["sha256"]
+    assert results.kept_tensors(run)["samples"].shape == (20, 3, 64, 64)
+
+
+def twice_as_large(part):
+    images = part.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return dataclasses.replace(part, images=images)
 
 
 def test_all_samples_of_the_book_were_judged_by_the_kept_bytes():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from mini_resdecay import train
+from mini_resdecay import data, experiments, train
 from mini_resdecay.train import (
     TrainState,
     cosine_schedule,
@@ -255,9 +256,12 @@ def test_gradient_clipping(clip: float | None, moved: float) -> None:
 
 
 def scaled_state(scale: float) -> TrainState:
+    return scaled(linear_state(lr=1.0), scale, growth_interval=2)
+
+
+def scaled(state: TrainState, scale: float, growth_interval: int = 2000) -> TrainState:
     """What accelerate makes of fp16 on a GPU, with a gradient scaler of the CPU."""
-    state = linear_state(lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
     accelerator = state.accelerator
     accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     accelerator.scaler = scaler
@@ -284,6 +288,30 @@ def test_a_step_with_infinite_gradients_is_skipped() -> None:
     step(state, torch.ones(1, 1))
     assert state.net.weight.item() == 0.0
     assert state.accelerator.scaler.get_scale() == 512.0
+
+
+def test_a_denoiser_trains_in_fp16_as_on_a_t4() -> None:
+    """As far as a CPU can rehearse it: autocast to fp16, scaled gradients, mean weights."""
+    changes = ["patch=8", "dim=16", "depth=2", "heads=2", "images=96", "batch=16", "lr=0.01"]
+    one = experiments.get("diffusion-cifar10-plain")
+    recipe = experiments.recipe_of(one, "t4", [*changes, "epochs=2"])
+    assert recipe.precision == "half"  # fp16 on a T4: see `check_precision`
+    recipe, losses = replace(recipe, precision="no"), {}
+    for kind in (torch.float32, torch.float16):
+        images, seen = data.shapes(96, 96)[0], []
+        state, batches, step = experiments._diffusion_training(recipe, 0, images, cpu=True)
+        if kind == torch.float16:
+            scaled(state, 2.0**16)
+        before = copy.deepcopy(state.ema)
+        state.net.head.register_forward_hook(lambda net, x, y, seen=seen: seen.append(y.dtype))
+        fit(state, batches, step, every=1, quiet=True)
+        losses[kind] = [line["loss"] for line in state.history]
+        assert set(seen) == {kind} and len(losses[kind]) == 10
+        assert {weight.dtype for weight in state.net.parameters()} == {torch.float32}
+        assert not torch.equal(state.ema.head.weight, before.head.weight)
+    assert losses[torch.float16] == pytest.approx(losses[torch.float32], abs=5e-3)
+    assert losses[torch.float16] != losses[torch.float32]
+    assert state.accelerator.scaler.get_scale() == 2.0**16  # no step was skipped
 
 
 # ---- what stops a run ----
@@ -346,9 +374,30 @@ def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -
     assert captured.out + captured.err == ""
 
 
-def test_the_bar_can_be_had_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(linear_state(), range(3), lambda s, b: {"loss": 0.5}, quiet=False, every=1)
-    assert "3/3" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("kernel", "quiet", "seen"),
+    [
+        (False, None, False),
+        (True, None, True),  # a notebook's stderr is no terminal, and yet it is watched
+        (True, True, False),
+        (False, False, True),
+    ],
+)
+def test_the_bar_is_shown_where_it_can_be_seen_or_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernel, quiet, seen
+) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel.zmqshell", raising=False)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())
+    fit(linear_state(), range(3), lambda s, b: {"loss": 0.5}, quiet=quiet, every=1)
+    assert capsys.readouterr().err == ""  # not in the first five seconds
+    real, asked = train.tqdm, []
+    at_once = {"delay": 0}
+    monkeypatch.setattr(train, "tqdm", lambda **k: asked.append(k) or real(**k | at_once))
+    fit(linear_state(), range(3), lambda s, b: {"loss": 0.5}, quiet=quiet, every=1)
+    shown = capsys.readouterr().err
+    assert ("3/3" in shown and "loss=0.5" in shown) == seen == bool(shown)
+    assert asked[0]["delay"] == 5
 
 
 # ---- checkpoints ----

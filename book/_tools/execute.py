@@ -39,11 +39,12 @@ def chapters() -> list[Path]:
 
 
 def kernel_environment() -> dict[str, str]:
-    """The environment of a chapter: one thread, inline figures, no hub, no local data."""
+    """The environment of a chapter: one thread, inline figures, no hub, no local data, no bar."""
     unwanted = ("MPLBACKEND", "MINI_RESDECAY_DATA", "FORCE_COLOR")
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return kept | threads | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return kept | threads | offline | {"TQDM_DISABLE": "1"}
 
 
 def peak_gib(client: NotebookClient) -> float:

@@ -67,16 +67,94 @@ def test_what_is_compared_are_arms_of_one_study_that_exist(what) -> None:
 
 
 def test_an_arm_at_its_best_rate_is_not_read_before_all_its_trials() -> None:
-    [told] = [what for what in COMPARED if getattr(what, "after", ())]
-    assert [f"diffusion-{arm}" in EXPERIMENTS for arm in told.after] == 4 * [True]
+    waits = [what for what in COMPARED if getattr(what, "after", ())]
+    assert [(what.study, len(what.after)) for what in waits] == 3 * [("decay", 9)] + [
+        ("diffusion", 4)
+    ]
     run = results.load_runs("mae", "decay", ROOT / "book" / "results")[0]
-    run = replace(run, metrics={"trained": {"fd": 1.0}})
-    runs = {("diffusion", arm): {0: run, 1: run} for arm in told.arms}
-    assert told.pairs(runs) == []
-    trials = {("diffusion", arm): {0: run} for arm in told.after}
-    first = next(iter(trials))
-    assert told.pairs(runs | {first: trials[first]}) == []
-    assert told.pairs(trials | runs) == [(1.0, 1.0), (1.0, 1.0)]
+    run = replace(run, metrics={"trained": {"fd": 1.0, "knn_last": 1.0} | shows(0.6)})
+    for told in waits:
+        assert {f"{told.study}-{arm}" for arm in told.after} <= EXPERIMENTS.keys()
+        runs = {(told.study, arm): {0: run, 1: run} for arm in {*told.arms, "plain"}}
+        trials = {(told.study, arm): {0: run} for arm in told.after}
+        assert told.pairs(trials | runs) == [(1.0, 1.0), (1.0, 1.0)]
+        for arm in set(told.after) - set(told.arms):
+            there = trials | runs
+            del there[told.study, arm]
+            assert told.pairs(there) == []
+
+
+def shows(*shares: float) -> dict:
+    """Metrics of a denoiser in whose samples the judge finds that share of the classes."""
+    return {"guidance": {"agreement": list(shares)}}
+
+
+def made_runs(arm: str, fd: float, shares: list[float]) -> dict[int, Run]:
+    run = replace(a_run(arm, 0, 0.5), study="diffusion", arm=arm)
+    metrics = {"fd": fd, "precision": 0.9, "rank_entropy": {"100": [4.0, 3.0, 3.0, 2.5]}}
+    return {
+        seed: replace(run, seed=seed, metrics={"trained": metrics | shows(share, 0.9)})
+        for seed, share in enumerate(shares)
+    }
+
+
+@pytest.mark.parametrize(
+    ("shares", "reading"),
+    [
+        ([0.4, 0.5, 0.6], "holds here"),  # half, on average
+        ([0.3, 0.4, 0.5], "not read: `cifar10-plain` shows 0.40 of the classes asked for"),
+        ([0.9, 0.1, 0.1], "not read: `cifar10-plain` shows 0.37 of the classes asked for"),
+    ],
+)
+def test_samples_of_cifar10_are_not_read_unless_they_show_their_class(
+    shares: list[float], reading: str
+) -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "B11")
+    runs = {
+        ("diffusion", "plain"): made_runs("plain", 2.0, [0.7] * 3),
+        ("diffusion", "decay"): made_runs("decay", 1.0, [0.2] * 3),
+        ("diffusion", "cifar10-plain"): made_runs("cifar10-plain", 2.0, shares),
+        ("diffusion", "cifar10-decay"): made_runs("cifar10-decay", 1.0, [0.9] * 3),
+    }
+    lines = {
+        one.what.label: one
+        for what in claim.compared
+        if what.arm in ("decay", "cifar10-decay") and what.metric == "trained.fd"
+        for one in [evidence.line(claim, what, runs)]
+    }
+    told, usual = (lines[f"{name}, FD, against `plain`"] for name in ("CIFAR-10", "usual rate"))
+    assert (usual.reading, usual.means) == ("holds here", (1.0, 2.0))
+    assert (told.reading, told.seeds) == (reading, 3)
+    row = evidence.table_row(told, claim.rule).replace("\u00a0", " ")
+    means = "2.000 → 1.000 | −1.000 in every seed" if reading == "holds here" else "– | –"
+    assert row == f"| CIFAR-10, FD, against `plain` ↓ *(beside)* | {means} | {reading}, 3/3 |"
+    if reading != "holds here":  # where it decides, it is no verdict
+        decides = told._replace(what=replace(told.what, decides=True))
+        assert evidence.verdict(claim, [decides]) == evidence.NOT_RUN
+        held = decides._replace(reading=evidence.HOLDS)
+        assert evidence.count(claim, [decides, held]).endswith("1 of 1 comparisons; 1 not read)")
+
+
+def test_all_of_the_diffusion_study_waits_for_the_judge_to_find_its_classes() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "B11")
+    asked = {(what.study, what.arm.startswith("cifar10"), what.shown) for what in claim.compared}
+    assert asked == {("diffusion", False, "plain"), ("diffusion", True, "cifar10-plain")}
+    assert "for CIFAR-10 likewise of cifar10-plain's samples" in EXPERIMENTS[claim.fixed].expects
+    unknown = next(what for what in claim.compared if what.arm.startswith("unconditional"))
+    runs = {("diffusion", arm): made_runs(arm, 1.0, [0.9] * 3) for arm in unknown.arms}
+    assert unknown.pairs(runs) == []  # without plain nobody knows
+    plain = {("diffusion", "plain"): made_runs("plain", 1.0, [0.9])}
+    assert len(unknown.pairs(runs | plain)) == 3
+
+
+def test_what_is_not_planned_is_neither_counted_nor_left(tmp_path: Path) -> None:
+    results.write(replace(a_run("fashion-mnist", 0, 0.5), study="judge"), tmp_path)
+    tail = evidence.page(tmp_path).partition("## The recorded studies")[2]
+    assert "| judge | 1 of 2 runs |" in tail and "# 1 left of judge" in tail
+    idle = {one.name for one in EXPERIMENTS.values()} - {one.name for one in evidence.PLANNED}
+    assert idle == {"judge-tiny-imagenet-100"} | {
+        f"diffusion64-{arm}" for arm in ("plain", "no-skips", "decay")
+    }
 
 
 def test_every_recorded_arm_is_compared_somewhere() -> None:

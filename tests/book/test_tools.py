@@ -91,10 +91,11 @@ def test_execute_stores_outputs_alt_text_widgets_and_cost(
 ) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("MINI_RESDECAY_DATA", "somewhere")
-    path = a_notebook(tmp_path / "01-x.ipynb")
+    path = a_notebook(tmp_path / "01-x.ipynb", "from tqdm import tqdm\nfor _ in tqdm([0]): pass")
     cost = execute.execute(path)
     notebook = json.loads(path.read_text())
-    _, figure, widget, skipped, environment = notebook["cells"]
+    _, figure, widget, skipped, environment, bar = notebook["cells"]
+    assert bar["outputs"] == []
     assert figure["metadata"] == {"mystnb": {"figure": {"name": "fig-a"}, "image": {"alt": ALT}}}
     assert notebook["cells"][0]["metadata"] == {}
     assert (skipped["execution_count"], skipped["outputs"]) == (None, [])
