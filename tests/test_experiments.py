@@ -502,7 +502,7 @@ def tuning(**changes):
     torch.manual_seed(0)
     labels = torch.arange(2000) % 2
     images = (100 * labels[:, None, None, None] + torch.randint(50, (2000, 1, 8, 8))).byte()
-    toy = data.ImageSet(images, labels, ("dark", "bright"), "toy", "train")
+    toy = data.ImageSet(images, labels, ("dark", "bright"))
     return experiments.encoder_of(recipe, 8, 1), recipe, 0, toy.subset(1500, 0), toy.subset(200, 1)
 
 
@@ -840,7 +840,7 @@ def test_a_net_without_classes_is_that_of_the_class():
 def test_held_out_images_are_not_trained_on():
     images = data.ImageSet(
         torch.arange(96).byte()[:, None, None, None].expand(96, 1, 8, 8), torch.arange(96) % 2,
-        ("even", "odd"), "toy", "train",
+        ("even", "odd"),
     )  # fmt: skip
     recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, "epochs=9"])
     _, batches, _ = experiments._diffusion_training(recipe, 0, images, cpu=True)
