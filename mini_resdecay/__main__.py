@@ -11,8 +11,7 @@ from itertools import groupby
 import torch
 from accelerate import PartialState
 
-from . import experiments, results
-from .data import require
+from . import experiments, require, results
 from .experiments import EXPERIMENTS, TIERS, made_with
 
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.

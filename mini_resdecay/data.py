@@ -10,7 +10,6 @@ JPEG and PNG are read: nothing in a data folder is executed or unpickled.
 """
 
 import contextlib
-import difflib
 import gzip
 import hashlib
 import io
@@ -18,7 +17,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,6 +33,8 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Generator, Tensor
+
+from . import known, require
 
 Augment = Callable[[Tensor, Generator], Tensor]
 _Shape = tuple[int, int, int]  # H, W, C
@@ -484,24 +485,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float()
 
 
-# ---- names and files: small tools that the files below share ----
-
-
-def known(argument: str, value: str, allowed: Collection[str]) -> str:
-    """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
-    if value in allowed:
-        return value
-    names = [name for name in allowed if name]
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    listed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, …"
-    raise ValueError(f'{argument} must be one of {listed}, got "{value}"{hint}')
-
-
-def require(argument: str, value: object, fits: bool | Tensor, wanted: str) -> None:
-    """A ValueError that says "{argument} must {wanted}, got {value}", unless `fits`."""
-    if not fits:
-        raise ValueError(f"{argument} must {wanted}, got {value}")
+# ---- files: small tools that the files below share ----
 
 
 def sha256(data: bytes) -> str:

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .data import known, require
+from . import known, require
 from .shortcuts import device_of, path_mask, paths, restoring
 
 Rates = float | Sequence[float] | Tensor

@@ -4,8 +4,6 @@ An experiment is a recipe per tier. Arms of one study differ in one field, which
 This file and the command line are the only ones that know models, data and measures together.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import shutil
@@ -24,21 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import StackDataset, Subset
 
-from . import results, reuse
+from . import known, require, results, reuse
 from .cnn import ResidualCNN
-from .data import (
-    Batches,
-    ImageSet,
-    crop,
-    flip,
-    known,
-    load,
-    require,
-    sha256,
-    shift,
-    to_float,
-    write_whole,
-)
+from .data import Batches, ImageSet, crop, flip, load, sha256, shift, to_float, write_whole
 from .diffusion import Diffusion
 from .droppath import ARMS
 from .evaluate import (

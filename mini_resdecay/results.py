@@ -28,8 +28,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import REPO, __version__
-from .data import cache_folder, known, sha256, write_whole
+from . import REPO, __version__, known
+from .data import cache_folder, sha256, write_whole
 
 INDEX = Path(__file__).with_name("results.sha256")
 NAME = r"[a-z0-9][a-z0-9_.-]*"

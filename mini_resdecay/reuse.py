@@ -17,7 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import known, require
+from . import known, require
 from .shortcuts import device_of, path_mask, paths, restoring
 
 # ---- Features of any net ---------------------------------------------------------------------

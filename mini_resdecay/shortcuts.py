@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from .data import known, require
+from . import known, require
 
 Branch = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import known, require
+from . import known, require
 from .shortcuts import (
     Decay,
     NoShortcut,

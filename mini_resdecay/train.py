@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
-from .data import known, require, sha256, write_whole
+from . import known, require
+from .data import sha256, write_whole
 
 Step = Callable[["TrainState", Any], dict[str, Any]]
 FIELDS = ("step", "seconds", "recent", "history")  # of a TrainState; JSON holds them

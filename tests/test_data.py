@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mini_resdecay import data
-from mini_resdecay.data import Batches, ImageSet, flip, load, require, shapes, shift, to_float
+from mini_resdecay import data, require
+from mini_resdecay.data import Batches, ImageSet, flip, load, shapes, shift, to_float
 
 LOCAL = os.environ.get("MINI_RESDECAY_DATA")
 real = pytest.mark.skipif(not LOCAL, reason="MINI_RESDECAY_DATA names no folder with real images")
