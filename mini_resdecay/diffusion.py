@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -156,8 +156,8 @@ class Diffusion:
         "ddpm" draws from `posterior`, "ddim" from `ddim` with `eta`. `y` [B] and `guidance`: see
         `guided`. `clip` keeps each predicted x0 in [-clip, clip]. The first state is `noise`, or
         drawn; a `generator` on the CPU gives the same numbers on every device. `device` is the
-        model's unless given. `progress` shows a bar after five seconds. A module that behaves
-        otherwise in training must be in evaluation mode.
+        module's unless given, of a bare function the CPU. `progress` shows a bar after five
+        seconds. A module that behaves otherwise in training must be in evaluation mode.
         Raises ValueError for bad settings, FloatingPointError for samples that are not finite.
         Differs from arXiv 2006.11239: x0 is clipped only where asked for.
         """
@@ -168,8 +168,8 @@ class Diffusion:
         require("eta", eta, 0 <= eta <= most, 'lie in [0, 1], and be 0 for "ddpm"')
         if noise is not None and noise.shape != tuple(shape):
             raise ValueError(f"noise must have the shape {list(shape)}, got {list(noise.shape)}")
-        first = next(iter(getattr(model, "parameters", tuple)()), noise)
-        device = device or (torch.device("cpu") if first is None else first.device)
+        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+        device = device or (weights[0].device if weights else "cpu")
         x = _normal(shape, torch.empty(0, device=device), generator) if noise is None else noise
         x, y = x.to(device), None if y is None else y.to(device)
         times = [-1, *(k * self.steps // steps for k in range(steps))]

@@ -285,7 +285,7 @@ def environment(gpu: bool = True) -> dict[str, Any]:
     command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
     here = Path(__file__).parents[1]  # by the shell, for which a machine without git is no error
     git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-    commit = (here / ".git").exists() and git.stdout.strip() or "unknown"
+    commit = (git.stdout.strip() if (here / ".git").exists() else "") or "unknown"
     return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak(gpu)}
 
 
