@@ -96,6 +96,15 @@ def seeded_nets(seeds: Sequence[int], *args: object, **kwargs: object) -> list[R
     return nets
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the points whose largest logit is that of their class, in [0, 1]."""
+    return (model(x).argmax(-1) == y).double().mean().item()
+
+
+# ---- many nets at once: what each learns alone, but faster; on a first reading, skip it ----
+
+
 class StackedLinear(nn.Module):
     """S linear layers of one shape in one product: [S, n, d_in] to [S, n, d_out]."""
 
@@ -238,9 +247,3 @@ def train_together(
         raise ValueError(f"lr must keep the loss finite, got lr={lr}: not finite at step {first}")
     stacked.write_to(nets)
     return losses, taken
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the points whose largest logit is that of their class, in [0, 1]."""
-    return (model(x).argmax(-1) == y).double().mean().item()
