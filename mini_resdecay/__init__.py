@@ -23,5 +23,25 @@ so it can be read from top to bottom:
     __main__     the command line: `python -m mini_resdecay list`
 """
 
+import difflib
+from collections.abc import Collection
+
 __version__ = "0.1.0"
 REPO = "https://github.com/mini-resdecay/mini-resdecay"
+
+
+def known(argument: str, value: str, allowed: Collection[str]) -> str:
+    """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
+    if value in allowed:
+        return value
+    names = [name for name in allowed if name]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    listed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, …"
+    raise ValueError(f'{argument} must be one of {listed}, got "{value}"{hint}')
+
+
+def require(argument: str, value: object, fits: object, wanted: str) -> None:
+    """A ValueError that says "{argument} must {wanted}, got {value}", unless `fits`."""
+    if not fits:
+        raise ValueError(f"{argument} must {wanted}, got {value}")

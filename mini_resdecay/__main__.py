@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import asdict
 from itertools import groupby
@@ -11,8 +10,7 @@ from itertools import groupby
 import torch
 from accelerate import PartialState
 
-from . import experiments, results
-from .data import require
+from . import experiments, require, results
 from .experiments import EXPERIMENTS, TIERS, made_with
 
 # What `report` prints of a study: of nets with a diagnosis, and of others by name.
@@ -120,11 +118,10 @@ def _run_one(options: argparse.Namespace, name: str, seed: int) -> None:
 
 
 def _part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    part, parts = map(int, found.groups()) if found else (2, 1)
-    if part > parts:
-        raise ValueError(f"part must be like 1/2, its first number at most its second, got {text}")
-    return part, parts
+    part, _, parts = text.partition("/")
+    fits = part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)
+    require("part", text, fits, "be like 1/2, its first number at most its second")
+    return int(part), int(parts)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -6,8 +6,6 @@ An exercise is a solution, cases to try it on, and the mistakes that people make
 written out: an answer that behaves like a mistake is told which one it is.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .data import known
+from . import known
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .data import require
+from . import require
 from .shortcuts import Residual, alpha_schedule, make_rules
 
 GROUPS = 8

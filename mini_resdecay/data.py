@@ -10,7 +10,6 @@ JPEG and PNG are read: nothing in a data folder is executed or unpickled.
 """
 
 import contextlib
-import difflib
 import gzip
 import hashlib
 import io
@@ -18,7 +17,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,6 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Generator, Tensor
 
+from . import known, require
+
 Augment = Callable[[Tensor, Generator], Tensor]
 _Shape = tuple[int, int, int]  # H, W, C
 
@@ -49,8 +50,6 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    name: str
-    split: str
 
     def __post_init__(self) -> None:
         x, y, last = self.images, self.labels, len(self.classes) - 1
@@ -124,7 +123,7 @@ def load(name: str, split: str, root: str | Path | None = None, *, size: int = 6
     if name == "digits":
         return _digits(split)
     if name == "shapes":
-        return shapes(10_000, 0)[0] if split == "train" else shapes(2_000, 1, "test")[0]
+        return shapes(10_000, 0)[0] if split == "train" else shapes(2_000, 1)[0]
     root = root or os.environ.get("MINI_RESDECAY_DATA", "")
     if not root and name != "imagefolder":
         return _from_hub(name, split)
@@ -152,13 +151,13 @@ def _digits(split: str) -> ImageSet:
     parts = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
     x, y = (torch.from_numpy(part) for part in (parts[::2] if split == "train" else parts[1::2]))
     images = (x * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    return ImageSet(images, y.long(), tuple("0123456789"), "digits", split)
+    return ImageSet(images, y.long(), tuple("0123456789"))
 
 
 SHAPES = ("circle", "square", "triangle", "cross")
 
 
-def shapes(n: int, seed: int = 0, split: str = "train") -> tuple[ImageSet, dict[str, Tensor]]:
+def shapes(n: int, seed: int = 0) -> tuple[ImageSet, dict[str, Tensor]]:
     """`n` RGB images 32×32 of one coloured shape on grey, and the factors that drew each.
 
     Factors, each [n]: shape (index into SHAPES, equally often), x and y (centre, pixels, 10…22),
@@ -177,7 +176,7 @@ def shapes(n: int, seed: int = 0, split: str = "train") -> tuple[ImageSet, dict[
     colour, back = rearrange(colour, "c n -> n c 1 1"), rearrange(grey, "n -> n 1 1 1")
     images = (255 * (back + inside * (colour - back))).round().to(torch.uint8)
     factors = dict(shape=kind, x=x, y=y, size=size, hue=hue, background=grey)
-    return ImageSet(images, kind, SHAPES, "shapes", split), factors
+    return ImageSet(images, kind, SHAPES), factors
 
 
 def _coverage(kind: Tensor, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
@@ -206,7 +205,7 @@ def _idx(split: str, folder: Path) -> ImageSet:
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
     require("images", list(images.shape), images.shape[1:] == (28, 28), "be [N, 28, 28]")
-    return ImageSet(images[:, None], labels.long(), tuple(_FASHION.split()), "fashion-mnist", split)
+    return ImageSet(images[:, None], labels.long(), tuple(_FASHION.split()))
 
 
 def _read_idx(path: Path) -> Tensor:
@@ -321,12 +320,12 @@ def _kept(name: str, split: str, shape: _Shape, key: Any, read: Callable[[], _Ro
         with safe_open(path, framework="pt") as file:
             notes = file.metadata()
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
-        kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])), name, split)
+        kept = ImageSet(images, labels, tuple(json.loads(notes["classes"])))
         if notes["seal"] == _seal(kept):
             return kept
     rows, classes = read()
     labels = torch.tensor([label for *_, label in rows])
-    kept = ImageSet(_decode(rows, shape), labels, classes, name, split)
+    kept = ImageSet(_decode(rows, shape), labels, classes)
     notes = {"classes": json.dumps(classes), "seal": _seal(kept)}
     try:
         write_whole(path, save({"images": kept.images, "labels": labels}, notes))
@@ -486,24 +485,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float()
 
 
-# ---- names and files: small tools that the files below share ----
-
-
-def known(argument: str, value: str, allowed: Collection[str]) -> str:
-    """`value` if it is allowed; else a ValueError that lists what is, and the nearest name."""
-    if value in allowed:
-        return value
-    names = [name for name in allowed if name]
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    listed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, …"
-    raise ValueError(f'{argument} must be one of {listed}, got "{value}"{hint}')
-
-
-def require(argument: str, value: object, fits: bool | Tensor, wanted: str) -> None:
-    """A ValueError that says "{argument} must {wanted}, got {value}", unless `fits`."""
-    if not fits:
-        raise ValueError(f"{argument} must {wanted}, got {value}")
+# ---- files: small tools that the files below share ----
 
 
 def sha256(data: bytes) -> str:

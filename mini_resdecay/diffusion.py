@@ -9,15 +9,15 @@ floats of any shape [B, ...]. The label -1 means no class. Tables and factors ar
 product with them has the type of the images.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from . import known, require
 
 Denoiser = Callable[..., Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -53,11 +53,9 @@ class Diffusion:
     """
 
     def __init__(self, steps: int = 1000, schedule: str = "linear", target: str = "eps") -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.schedule = _known("schedule", schedule, SCHEDULES)
-        self.steps, self.target = steps, _known("target", target, ("eps", "v"))
-        self.betas = SCHEDULES[schedule](steps)
+        require("steps", steps, steps >= 1, "be at least 1")
+        self.steps, self.target = steps, known("target", target, ("eps", "v"))
+        self.betas = SCHEDULES[known("schedule", schedule, SCHEDULES)](steps)
         self.alpha_bars = (1 - self.betas).cumprod(0)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -76,7 +74,7 @@ class Diffusion:
         "eps" loses digits where little signal is left, "x0" where little noise is.
         """
         signal, rest = self._scales(t, x_t)
-        kind = _known("kind", kind or self.target, ("eps", "v", "x0"))
+        kind = known("kind", kind or self.target, ("eps", "v", "x0"))
         if kind == "v":
             return signal * x_t - rest * value, rest * x_t + signal * value
         if kind == "eps":
@@ -124,8 +122,7 @@ class Diffusion:
         Raises ValueError for images that are no floats, times out of range, and drop_label
         outside [0, 1].
         """
-        if not 0 <= drop_label <= 1:
-            raise ValueError(f"drop_label must lie in [0, 1], got {drop_label}")
+        require("drop_label", drop_label, 0 <= drop_label <= 1, "lie in [0, 1]")
         place = generator.device if generator else "cpu"
         if t is None:
             t = torch.randint(self.steps, x0.shape[:1], generator=generator, device=place)
@@ -159,21 +156,20 @@ class Diffusion:
         "ddpm" draws from `posterior`, "ddim" from `ddim` with `eta`. `y` [B] and `guidance`: see
         `guided`. `clip` keeps each predicted x0 in [-clip, clip]. The first state is `noise`, or
         drawn; a `generator` on the CPU gives the same numbers on every device. `device` is the
-        model's unless given. `progress` shows a bar after five seconds. A module that behaves
-        otherwise in training must be in evaluation mode.
+        module's unless given, of a bare function the CPU. `progress` shows a bar after five
+        seconds. A module that behaves otherwise in training must be in evaluation mode.
         Raises ValueError for bad settings, FloatingPointError for samples that are not finite.
         Differs from arXiv 2006.11239: x0 is clipped only where asked for.
         """
-        _known("sampler", sampler, ("ddpm", "ddim"))
+        known("sampler", sampler, ("ddpm", "ddim"))
         steps = self.steps if steps is None else steps
-        if not 1 <= steps <= self.steps:
-            raise ValueError(f"steps must be in 1…{self.steps}, got {steps}")
-        if not 0 <= eta <= (sampler == "ddim"):
-            raise ValueError(f'eta must lie in [0, 1], and be 0 for "ddpm", got {eta}')
+        require("steps", steps, 1 <= steps <= self.steps, f"be in 1…{self.steps}")
+        most = 1 if sampler == "ddim" else 0
+        require("eta", eta, 0 <= eta <= most, 'lie in [0, 1], and be 0 for "ddpm"')
         if noise is not None and noise.shape != tuple(shape):
             raise ValueError(f"noise must have the shape {list(shape)}, got {list(noise.shape)}")
-        first = next(iter(getattr(model, "parameters", tuple)()), noise)
-        device = device or (torch.device("cpu") if first is None else first.device)
+        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+        device = device or (weights[0].device if weights else "cpu")
         x = _normal(shape, torch.empty(0, device=device), generator) if noise is None else noise
         x, y = x.to(device), None if y is None else y.to(device)
         times = [-1, *(k * self.steps // steps for k in range(steps))]
@@ -192,12 +188,12 @@ class Diffusion:
 
     def _bars(self, t: Tensor, x: Tensor) -> Tensor:
         """a_t of each row of x, shaped to multiply it, in float64 on the CPU; 1 for t = -1."""
-        if not x.is_floating_point():
-            raise ValueError(f"images must be floats (data.to_float), got {x.dtype}")
-        if t.shape != x.shape[:1] or t.dtype != torch.int64:
-            raise ValueError(f"t must be int64 [B] = [{len(x)}], got {t.dtype} {list(t.shape)}")
-        if not (((t := t.cpu()) >= -1) & (t < self.steps)).all():
-            raise ValueError(f"t must be in 0…{self.steps - 1}, got {t[:8].tolist()}")
+        require("images", x.dtype, x.is_floating_point(), "be floats (data.to_float)")
+        fits = t.shape == x.shape[:1] and t.dtype == torch.int64
+        require("t", f"{t.dtype} {list(t.shape)}", fits, f"be int64 [B] = [{len(x)}]")
+        t = t.cpu()
+        inside = ((t >= -1) & (t < self.steps)).all()
+        require("t", t[:8].tolist(), inside, f"be in 0…{self.steps - 1}")
         bars = F.pad(self.alpha_bars, (0, 1), value=1.0)[t]  # the last one is that of t = -1
         return bars.view(-1, *[1] * (x.dim() - 1))
 
@@ -227,9 +223,3 @@ def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> 
     # In float32 where the generator is: the same numbers for every type and device.
     place = generator.device if generator else like.device
     return torch.randn(*shape, generator=generator, device=place, dtype=torch.float32).to(like)
-
-
-def _known(argument: str, value: str, allowed: Collection[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f'{argument} must be one of {", ".join(allowed)}, got "{value}"')
-    return value

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .data import known, require
+from . import known, require
 from .shortcuts import device_of, path_mask, paths, restoring
 
 Rates = float | Sequence[float] | Tensor
@@ -159,13 +159,12 @@ def _update(
     for parameter in set(model.parameters()) - set(trained):
         parameter.grad = None
     used = [q for group in optimizer.param_groups for q in group["params"] if q.grad is not None]
-    if not used:  # a GradScaler fails where there is nothing to step
-        return torch.stack(losses).sum()
-    scaler.unscale_(optimizer)
-    if clip is not None:
-        nn.utils.clip_grad_norm_(used, clip)
-    scaler.step(optimizer)
-    scaler.update()
+    if used:  # a GradScaler fails where there is nothing to step
+        scaler.unscale_(optimizer)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(used, clip)
+        scaler.step(optimizer)
+        scaler.update()
     return torch.stack(losses).sum()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import require
+from . import require
 from .shortcuts import decay_groups, paths
 
 Features = Tensor | Mapping[str, Tensor]

@@ -4,8 +4,6 @@ An experiment is a recipe per tier. Arms of one study differ in one field, which
 This file and the command line are the only ones that know models, data and measures together.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import shutil
@@ -20,25 +18,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import StackDataset, Subset
 
-from . import results, reuse
+from . import known, require, results, reuse
 from .cnn import ResidualCNN
-from .data import (
-    Batches,
-    ImageSet,
-    crop,
-    flip,
-    known,
-    load,
-    require,
-    sha256,
-    shift,
-    to_float,
-    write_whole,
-)
+from .data import Batches, ImageSet, crop, flip, load, sha256, shift, to_float, write_whole
 from .diffusion import Diffusion
 from .droppath import ARMS
 from .evaluate import (
@@ -71,7 +58,6 @@ from .train import (
     loss_step,
     make_state,
     rows,
-    seed_everything,
 )
 from .uvit import UViT
 from .vit import Classifier, ViT, export_plain
@@ -91,9 +77,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is int and value < (least := min(1, getattr(type(self), name))):
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-            require(name, value, not name.endswith("_as") or 0 <= value <= 1, "lie in [0, 1]")
+            if type(value) is int:
+                default = getattr(type(self), name)
+                require(name, value, value >= min(1, default), f"be at least {min(1, default)}")
+            if name.endswith("_as"):
+                require(name, value, 0 <= value <= 1, "lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -179,8 +167,9 @@ class MaskedRecipe(Recipe):
 class DiffusionRecipe(Recipe):
     """A U-ViT that denoises images as they are: AdamW (0.9, 0.95), cosine rate, mean weights.
 
-    `labelled`: the class is told, but for a tenth of the images. `rates_as`: of all sub-layers, as
-    in `MaskedRecipe`; the long skips keep their weight, which decay lets grow against the stream's.
+    `labelled`: the class is told, but for a tenth of the images; else never. `rates_as`: of all
+    sub-layers, as in `MaskedRecipe`; the long skips keep their weight, which decay lets grow
+    against the stream's.
     `samples` are drawn by DDIM and judged, the first `guided` of them at each of `guidances`.
     `measured` images are the bank of the neighbours, half as many are asked.
     The last tenth of `images`, at most 1000, is not trained on: rates are chosen by the loss there.
@@ -349,24 +338,19 @@ def _tiers(
     rate: float = 1.0,
 ) -> dict[str, Recipe]:
     """What an arm changes in each tier, with the window of its depth where it asks for that."""
-    return {
-        tier: replace(
-            size,
-            epochs=length,
-            depth=deeper * size.depth,
-            dim=wider * size.dim,
-            heads=wider * size.heads,
-            lr=rate * size.lr,
-            # A denoiser has one more block, in the middle.
-            **{
-                k: _window(deeper * size.depth + isinstance(size, DiffusionRecipe))
-                if v == WINDOW
-                else v
-                for k, v in changes.items()
-            },
+
+    def recipe(size: Any, length: int) -> Recipe:
+        depth = deeper * size.depth
+        # A denoiser has one more block, in the middle.
+        window = _window(depth + isinstance(size, DiffusionRecipe))
+        told = {name: window if value == WINDOW else value for name, value in changes.items()}
+        dim, heads = wider * size.dim, wider * size.heads
+        return replace(
+            size, epochs=length, depth=depth, dim=dim, heads=heads, lr=rate * size.lr, **told
         )
-        for (tier, size), length in zip(sizes.items(), epochs, strict=True)
-    }
+
+    pairs = zip(sizes.items(), epochs, strict=True)
+    return {tier: recipe(size, length) for (tier, size), length in pairs}
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}
@@ -539,6 +523,13 @@ def _diffusion(
 
 
 _DECIDING = ("plain-eq", "droppath", "two-stage", "mixture")
+
+
+def _trial_seeds(tuned: Mapping[str, float], arm: str, rate: float) -> tuple[int, ...]:
+    """Three for the rate that won an arm's trial, one for the others."""
+    return (0, 1, 2) if tuned.get(arm) == rate else (0,)
+
+
 _CONTROLS = ("plain", "plain-half", "no-freeze", "random-freeze")
 _NETS = ("cnn", "vit")
 # What decides comes first: a study is run by turns, in each seed by seed in this order.
@@ -592,10 +583,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             for a in _FIRST
         ),
         *(
-            _masked(f"{{}}-lr-{rate:g}", a, 1, "trial", rate=rate, seeds=seeds)
+            _masked(f"{{}}-lr-{r:g}", a, 1, "trial", rate=r, seeds=_trial_seeds(TUNED, a, r))
             for a in RULED
-            for rate in (0.25, 0.5, 2.0)
-            for seeds in [(0, 1, 2) if TUNED.get(a) == rate else (0,)]
+            for r in (0.25, 0.5, 2.0)
         ),
         *(_masked("{}", a, 2) for a in _ARMS if a not in (*_FIRST, *SWEEP)),
         *(_masked("{}", a, 3, "sweep") for a in SWEEP),
@@ -656,10 +646,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             for arm, changes in arms.items()
         ),
         *(
-            _diffusion(f"{arm}-lr-{rate:g}", 1, _GENERATORS[0][arm], rate, seeds)
-            for arm in ("plain", "decay")
-            for rate in (0.5, 2.0)
-            for seeds in [(0, 1, 2) if TUNED_DENOISERS.get(arm) == rate else (0,)]
+            _diffusion(
+                f"{a}-lr-{r:g}", 1, _GENERATORS[0][a], r, _trial_seeds(TUNED_DENOISERS, a, r)
+            )
+            for a in ("plain", "decay")
+            for r in (0.5, 2.0)
         ),
         # A study of its own, so that the other need not wait for this judge.
         *(
@@ -886,9 +877,9 @@ def _run_images(
     fit(state, batches, step, checkpoint=work, checkpoint_every=100, fingerprint=key)
     more, kept = finish(*looked_at)
     metrics = {"init": before, "trained": diagnose(*looked_at) | more}
-    logged, seen = ([x for x in state.history if ("loss" in x) == is_log] for is_log in (1, 0))
-    if seen:
-        metrics["over_time"] = {k: [line[k] for line in seen] for k in seen[0]}
+    logged = [line for line in state.history if "loss" in line]
+    if looks := [line for line in state.history if "loss" not in line]:
+        metrics["over_time"] = {name: [line[name] for line in looks] for name in looks[0]}
     if keep and state.accelerator.is_main_process:
         content = safetensors.torch.save(kept)
         if len(content) <= MOST_KEPT:
@@ -911,10 +902,10 @@ def _few(images: ImageSet, most: int, seed: int = 1) -> ImageSet:
 
 def _weights(net: Any, *_: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Nothing more to measure; what is kept: of an MAE its encoder, and the rest as "mae.…"."""
-    body = net.encoder if isinstance(net, MAE) else net
-    halves = {name: value.half() for name, value in net.named_parameters()}
-    rest = {f"mae.{k}": v for k, v in halves.items() if body is not net and k[:8] != "encoder."}
-    return {}, body.state_dict() | {k: v.half() for k, v in body.named_parameters()} | rest
+    kept = net.state_dict() | {name: value.half() for name, value in net.named_parameters()}
+    if isinstance(net, MAE):
+        kept = {f"mae.{name}".removeprefix("mae.encoder."): value for name, value in kept.items()}
+    return {}, kept
 
 
 def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step:
@@ -935,7 +926,7 @@ def _watched(step: Step, steps: int, look: Callable[[], dict[str, Any]]) -> Step
 
 def _image_training(recipe: ImageRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
-    seed_everything(seed)
+    set_seed(seed)
     model = _image_net(recipe, train)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -1050,9 +1041,10 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 
 def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
-    seed_everything(seed)
+    set_seed(seed)
+    _, channels, side, _ = train.images.shape
     net = MAE(
-        encoder_of(recipe, *train.images.shape[2:0:-1]),  # side, channels
+        encoder_of(recipe, side, channels),
         recipe.decoder_dim,
         recipe.decoder_depth,
         recipe.decoder_heads,
@@ -1128,14 +1120,13 @@ def _see_masked(
 ) -> dict[str, float]:
     """Of few images, of the train split alone."""
     few = _few(train, 2400)
-    cut = 2 * len(few) // 3
-    labels = few.labels[:cut], few.labels[cut:]
+    y, cut = few.labels, 2 * len(few) // 3
     read = reuse.layer_features(net.encoder, to_float(few.images), pool="patches")
-    knn = [_neighbours((x[:cut], x[cut:]), *labels) for x in read[2::2]]
+    knn = [_neighbours(x[:cut], y[:cut], x[cut:], y[cut:]) for x in read[2::2]]
     return {
         "knn_last": knn[-1],
         "knn_best": max(knn),
-        "probe_last": reuse.probe_accuracy(read[-1][:cut], labels[0], read[-1][cut:], labels[1]),
+        "probe_last": reuse.probe_accuracy(read[-1][:cut], y[:cut], read[-1][cut:], y[cut:]),
         "rank_entropy_last": reuse.rank_entropy(read[-1]),
         "rank_entropy_centred_last": reuse.rank_entropy(read[-1], centre=True),
     }
@@ -1147,19 +1138,19 @@ def _diagnose_masked(
     """Features are means over patches after the stem and each block; standardised but for ranks."""
     bank, asked = (_few(part, recipe.measured) for part in (train, test))
     labels = bank.labels, asked.labels
-    pixels = [to_float(part.images).flatten(1) for part in (bank, asked)]
+    pixels, others = (to_float(part.images).flatten(1) for part in (bank, asked))
     read = partial(reuse.layer_features, net.encoder, pool="patches")
     # A block is two sub-layers: every second state is the end of a block.
     layers = list(zip(*(read(to_float(part.images))[::2] for part in (bank, asked)), strict=True))
     held, noise = to_float(asked.images[:1000]), torch.Generator().manual_seed(0)
     with reuse.evaluating(net), torch.no_grad():  # of the class: accelerate's own is in bf16
         loss = MAE.forward(net, held.to(device_of(net)), generator=noise).loss
-    knn = [_neighbours(layer, *labels) for layer in layers]
+    knn = [_neighbours(a, bank.labels, b, asked.labels) for a, b in layers]
     best = _probe(layers[1:], *labels)  # of the block that a held-out tenth of the bank chooses
     last = best if int(best.source) == len(layers) - 2 else _probe(layers[-1:], *labels)
     return {
         "loss": loss.item(),
-        "knn_pixels": _neighbours(pixels, *labels),
+        "knn_pixels": _neighbours(pixels, bank.labels, others, asked.labels),
         "knn": knn,
         "knn_last": knn[-1],
         "knn_best": max(knn[1:]),
@@ -1203,8 +1194,8 @@ def _fine_tuned(
     return found
 
 
-def _neighbours(layer: Sequence[Tensor], bank_labels: Tensor, labels: Tensor) -> float:
-    bank, asked = standardised(*layer)
+def _neighbours(bank: Tensor, bank_labels: Tensor, asked: Tensor, labels: Tensor) -> float:
+    bank, asked = standardised(bank, asked)
     return knn_accuracy(bank, bank_labels, asked, labels)
 
 
@@ -1212,7 +1203,7 @@ def _held(bank: Tensor, labels: Tensor) -> float:
     """Mean over tenths of the bank, each asked of the other nine: what rates are chosen by."""
     n = len(labels) // 10
     turned = ((bank.roll(k * n, 0), labels.roll(k * n)) for k in range(10))
-    return mean(_neighbours((x[n:], x[:n]), y[n:], y[:n]) for x, y in turned)
+    return mean(_neighbours(x[n:], y[n:], x[:n], y[:n]) for x, y in turned)
 
 
 def _probe(layers: Sequence[Any], bank_labels: Tensor, labels: Tensor) -> Probe:
@@ -1228,15 +1219,12 @@ def _diffusion_training(
     recipe: DiffusionRecipe, seed: int, train: ImageSet, cpu: bool = False
 ) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
-    seed_everything(seed)
+    set_seed(seed)
     _, channels, side, _ = train.images.shape
     net = UViT(
         side, recipe.patch, recipe.dim, recipe.depth, recipe.heads, channels, len(train.classes),
         recipe.shortcut, recipe.alpha_min, recipe.long_skips, recipe.zero_init, kind=recipe.kind,
     )  # fmt: skip
-    if not recipe.labelled:  # the same numbers as with classes, without their token
-        net.stem.label, net.stem.classes, net.stem.extra = None, 0, 1
-        net.stem.positions = nn.Parameter(net.stem.positions[1:].detach().clone())
     return _generative_training(
         recipe, seed, _apart(train)[0], cpu, net, net, partial(_denoise, recipe, _process(recipe))
     )
@@ -1270,7 +1258,7 @@ def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float
     """`n` samples, of each class in turn, from noise that all arms of a seed share."""
     start = torch.Generator().manual_seed(20_000 + seed)
     noise = torch.randn(max(n, recipe.samples), *net.stem.shape, generator=start)[:n].split(128)
-    y = (torch.arange(n) % max(1, net.stem.classes)).split(128)
+    y = (torch.arange(n) % net.stem.classes).split(128)
     return torch.cat([
         _process(recipe).sample(
             net, x.shape, "ddim", recipe.sampling_steps, y=c if recipe.labelled else None,
@@ -1354,10 +1342,7 @@ def _diagnose_denoiser(
     found: dict[str, Any] = {
         "rank_entropy": {t: [reuse.rank_entropy(b[:2048]) for _, b in read[t]] for t in read}
     }
-    for name, score in {
-        "knn": lambda a, y, b, z: _neighbours((a, b), y, z),
-        "probe": reuse.probe_accuracy,
-    }.items():
+    for name, score in (("knn", _neighbours), ("probe", reuse.probe_accuracy)):
         found[name] = {t: [score(a, y, b, asked.labels) for a, b in read[t]] for t in read}
         held = {
             (t, k): score(a[n:], y[n:], a[:n], y[:n])

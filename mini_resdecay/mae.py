@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from .data import known, require
+from . import known, require
 from .shortcuts import alpha_schedule, make_rules
 from .vit import ViT, make_blocks, silence, sincos_positions, xavier
 

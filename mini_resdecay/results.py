@@ -28,8 +28,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import REPO, __version__
-from .data import cache_folder, known, sha256, write_whole
+from . import REPO, __version__, known
+from .data import cache_folder, sha256, write_whole
 
 INDEX = Path(__file__).with_name("results.sha256")
 NAME = r"[a-z0-9][a-z0-9_.-]*"
@@ -292,7 +292,7 @@ def environment(gpu: bool = True) -> dict[str, Any]:
     command = "git describe --always --exclude=* --abbrev=40 --dirty=+"
     here = Path(__file__).parents[1]  # by the shell, for which a machine without git is no error
     git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-    commit = (here / ".git").exists() and git.stdout.strip() or "unknown"
+    commit = (git.stdout.strip() if (here / ".git").exists() else "") or "unknown"
     return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak(gpu)}
 
 

@@ -17,7 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import known, require
+from . import known, require
 from .shortcuts import device_of, path_mask, paths, restoring
 
 # ---- Features of any net ---------------------------------------------------------------------
@@ -138,7 +138,7 @@ def cka_null(n: int, p: int, q: int) -> float:
 def similarity_map(
     features: Sequence[Tensor], measure: Callable[[Tensor, Tensor], float] = linear_cka
 ) -> Tensor:
-    """`measure` between all pairs of L layers: a symmetric map `[L, L]` in float64.
+    """`measure` between all pairs of L layers: a map `[L, L]` in float64.
 
     The four measures of this file are computed for all pairs at once, any other one pair by
     pair. A cell is NaN where a layer is constant, or where a cosine meets two widths.
@@ -146,11 +146,8 @@ def similarity_map(
     require("features", "none", len(features) > 0, "hold at least one layer")
     if measure in _MAPS:
         return _MAPS[measure](features)
-    upper = [[measure(x, y) for y in features[i:]] for i, x in enumerate(features)]
-    full = torch.zeros(len(features), len(features), dtype=torch.float64)
-    for i, row in enumerate(upper):
-        full[i, i:] = full[i:, i] = torch.tensor(row, dtype=torch.float64)
-    return full
+    rows = [[measure(x, y) for y in features] for x in features]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _cosine_map(features: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from .data import known, require
+from . import known, require
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -39,21 +39,20 @@ def alpha_schedule(
     kind or per, and for attention or MLP alone where blocks are not divided.
     Source: arXiv 2404.10947, alpha_k = 1 - (1 - alpha_min) k / (n - 1), as in the authors' code.
     """
-    require(
-        "depth",
-        repr(depth),
-        isinstance(depth, SupportsIndex) and depth >= 1,
-        "be a whole number, at least 1",
-    )
+    fits = isinstance(depth, SupportsIndex) and depth >= 1
+    require("depth", repr(depth), fits, "be a whole number, at least 1")
     _share("alpha_min", alpha_min)
-    ramp = RAMPS.get(known("kind", kind, KINDS), RAMPS["linear"])
-    n = depth * {"sublayer": 2, "block": 1}[known("per", per, ("sublayer", "block"))]
+    known("kind", kind, KINDS)
+    known("per", per, ("sublayer", "block"))
+    n = 2 * depth if per == "sublayer" else depth
+    ramp = RAMPS.get(kind, RAMPS["linear"])
     alphas = tuple(alpha_min + (1 - alpha_min) * ramp(k / max(n - 1, 1)) for k in range(n))
     if kind == "constant":
         return (effective_alpha(alphas) ** (1 / n),) * n
-    if kind in ONLY and per == "block":
-        raise ValueError(f'per must be "sublayer" for kind="{kind}", got "block"')
-    return tuple(1.0 if kind in ONLY and kind != ONLY[k % 2] else a for k, a in enumerate(alphas))
+    if kind not in ONLY:
+        return alphas
+    require("per", f'"{per}"', per == "sublayer", f'be "sublayer" for kind="{kind}"')
+    return tuple(a if kind == ONLY[k % 2] else 1.0 for k, a in enumerate(alphas))
 
 
 def _share(name: str, value: float) -> float:

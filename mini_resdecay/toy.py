@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import known, require
+from . import known, require
 from .shortcuts import (
     Decay,
     NoShortcut,
@@ -94,6 +94,15 @@ def seeded_nets(seeds: Sequence[int], *args: object, **kwargs: object) -> list[R
         torch.manual_seed(seed)
         nets.append(ResidualMLP(*args, **kwargs))  # type: ignore[arg-type]
     return nets
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the points whose largest logit is that of their class, in [0, 1]."""
+    return (model(x).argmax(-1) == y).double().mean().item()
+
+
+# ---- many nets at once: what each learns alone, but faster; on a first reading, skip it ----
 
 
 class StackedLinear(nn.Module):
@@ -238,9 +247,3 @@ def train_together(
         raise ValueError(f"lr must keep the loss finite, got lr={lr}: not finite at step {first}")
     stacked.write_to(nets)
     return losses, taken
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the points whose largest logit is that of their class, in [0, 1]."""
-    return (model(x).argmax(-1) == y).double().mean().item()

@@ -26,12 +26,13 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import find_batch_size, send_to_device, set_seed, slice_tensors
+from accelerate.utils import find_batch_size, send_to_device, slice_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
-from .data import known, require, sha256, write_whole
+from . import known, require
+from .data import sha256, write_whole
 
 Step = Callable[["TrainState", Any], dict[str, Any]]
 FIELDS = ("step", "seconds", "recent", "history")  # of a TrainState; JSON holds them
@@ -57,11 +58,6 @@ class TrainState:
     seconds: float = 0.0
     recent: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device)."""
-    set_seed(seed)
 
 
 def make_state(

@@ -4,12 +4,10 @@ Its blocks are those of the ViT; decay runs over all of them, from the first to 
 here knows a noise schedule. Source: arXiv 2209.12152.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
-from .data import require
+from . import require
 from .mae import patchify, unpatchify
 from .shortcuts import alpha_schedule, make_rules, paths
 from .vit import make_blocks, silence, xavier

@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import require
+from . import require
 from .shortcuts import Decay, Plain, Residual, alpha_schedule, fold_gains, make_rules, paths
 
 

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mini_resdecay import data
-from mini_resdecay.data import Batches, ImageSet, flip, load, require, shapes, shift, to_float
+from mini_resdecay import data, require
+from mini_resdecay.data import Batches, ImageSet, flip, load, shapes, shift, to_float
 
 LOCAL = os.environ.get("MINI_RESDECAY_DATA")
 real = pytest.mark.skipif(not LOCAL, reason="MINI_RESDECAY_DATA names no folder with real images")
@@ -91,7 +91,7 @@ def fashion(tmp_path):
 
 def small_set(n=20, classes=4):
     images = torch.from_numpy(noise(n, 3, 8, 8))
-    return ImageSet(images, torch.arange(n) % classes, tuple("abcd"[:classes]), "small", "train")
+    return ImageSet(images, torch.arange(n) % classes, tuple("abcd"[:classes]))
 
 
 # ---- generated sets ----
@@ -121,7 +121,7 @@ def test_digits_are_scikit_learns_split_by_class():
 
 def test_shapes_splits_are_fixed_and_differ():
     test = load("shapes", "test")
-    assert test.images.shape == (2000, 3, 32, 32) and test.split == "test"
+    assert test.images.shape == (2000, 3, 32, 32)
     assert test.labels.bincount().tolist() == [500] * 4
     assert torch.equal(test.images, load("shapes", "test").images)
     assert not torch.equal(test.images[:100], shapes(100, seed=0)[0].images)
@@ -166,9 +166,9 @@ def test_fingerprint_changes_with_one_pixel_one_label_and_the_shape():
     images[7, 1, 2, 3] ^= 1
     labels[7] ^= 1
     others = [
-        ImageSet(images, one.labels, one.classes, "small", "train"),
-        ImageSet(one.images, labels, one.classes, "small", "train"),
-        ImageSet(one.images.view(20, 3, 4, 16), one.labels, one.classes, "small", "train"),
+        ImageSet(images, one.labels, one.classes),
+        ImageSet(one.images, labels, one.classes),
+        ImageSet(one.images.view(20, 3, 4, 16), one.labels, one.classes),
     ]
     assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
     assert small_set().fingerprint == one.fingerprint and len(one.fingerprint) == 16
@@ -205,7 +205,7 @@ def test_subset_must_fit(n):
 )
 def test_wrong_shapes_types_and_labels_are_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
-        ImageSet(images, labels, ("a", "b"), "small", "train")
+        ImageSet(images, labels, ("a", "b"))
 
 
 # ---- real sets ----
@@ -258,7 +258,7 @@ def test_parquet_pixels_are_exact_and_channels_come_first(cifar, tmp_path):
         assert np.array_equal(images.images.permute(0, 2, 3, 1), pixels)
         assert images.images.is_contiguous()
         assert images.labels.tolist() == [*range(10), 0, 1]
-        assert images.classes[3] == "cat" and (images.name, images.split) == ("cifar10", "test")
+        assert images.classes[3] == "cat"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -675,7 +675,7 @@ def test_batches_resume_in_the_middle_of_an_epoch():
 
 def test_every_epoch_is_a_new_permutation_without_the_incomplete_batch():
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
-    numbered = ImageSet(images, torch.arange(20) % 2, ("even", "odd"), "numbered", "train")
+    numbered = ImageSet(images, torch.arange(20) % 2, ("even", "odd"))
     batches = Batches(numbered, 6, steps=9, seed=0)
     seen = [x.flatten().tolist() for x, _ in batches]
     epochs = [sum(seen[start : start + 3], []) for start in (0, 3, 6)]

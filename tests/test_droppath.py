@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate.utils import set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from mini_resdecay.train import (
     load_checkpoint,
     make_state,
     save_checkpoint,
-    seed_everything,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -1028,7 +1028,7 @@ def test_fp16_scaling_in_the_loop_changes_nothing_but_the_scale(arm):
 
 
 def resumable(seed: int) -> TrainState:
-    seed_everything(seed)
+    set_seed(seed)
     net = nn.Sequential(
         nn.Linear(2, 6),
         *(Residual(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.2), nn.Tanh())) for _ in range(4)),
@@ -1105,7 +1105,7 @@ os._exit(0)  # torch takes its time to unload, and there is nothing left to do
 
 def process_run(arm: str, seed: int = 0) -> TrainState:
     """Six pairs with clipping and EMA; the same for any number of processes."""
-    seed_everything(0)
+    set_seed(0)
     net = ResidualMLP(6, 6, "tanh").double()
     made = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     state = make_state(net, made, ema_decay=0.9, seed=seed, cpu=True)

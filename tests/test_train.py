@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -34,7 +35,6 @@ from mini_resdecay.train import (
     make_state,
     rows,
     save_checkpoint,
-    seed_everything,
     update_ema,
 )
 
@@ -49,7 +49,7 @@ OPTIMIZERS = {
 
 def small_state(optimizer: str = "adamw", steps: int = 6, seed: int = 3) -> TrainState:
     """A net with dropout and running statistics, a schedule and an EMA: all that can go wrong."""
-    seed_everything(seed)
+    set_seed(seed)
     net = nn.Sequential(
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)
     )
@@ -120,7 +120,7 @@ def test_resume_is_bit_exact(tmp_path: Path, optimizer: str, cut: int) -> None:
     whole = fit(small_state(optimizer), batches, STEP, every=2)
     expected = everything(whole)
     fit(small_state(optimizer), batches, STEP, every=2, until=cut, checkpoint=tmp_path)
-    seed_everything(99)
+    set_seed(99)
     resumed = load_checkpoint(tmp_path, small_state(optimizer, seed=4))
     assert resumed.step == cut
     fit(resumed, batches, STEP, every=2)
@@ -135,7 +135,7 @@ def test_loading_restores_every_generator(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state)
     expected = everything(state)
     other = small_state(seed=8)
-    seed_everything(1234)
+    set_seed(1234)
     assert_same(everything(load_checkpoint(tmp_path, other)), expected)
 
 
@@ -598,17 +598,6 @@ def test_tied_weights_are_stored(tmp_path: Path) -> None:
 # ---- state, precision, processes ----
 
 
-def test_seed_everything() -> None:
-    def draws() -> list:
-        return [random.random(), np.random.rand(), torch.rand(1).item()]
-
-    seed_everything(5)
-    first = draws()
-    assert draws() != first
-    seed_everything(5)
-    assert draws() == first
-
-
 def test_generator_is_apart_from_the_global_one() -> None:
     state = linear_state(seed=1234)
     kept = torch.get_rng_state()
@@ -675,7 +664,7 @@ os._exit(0)  # torch takes its time to unload, and there is nothing left to do
 
 def process_run(folder: str) -> TrainState:
     """Six steps with noise, clipping, EMA, log and checkpoint; the same for any process count."""
-    seed_everything(0)
+    set_seed(0)
     net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
     state = make_state(net, optimizer, ema_decay=0.9)
