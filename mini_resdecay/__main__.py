@@ -126,7 +126,7 @@ def _part(text: str) -> tuple[int, int]:
 def _report(options: argparse.Namespace) -> None:
     recorded = results.recorded(options.out)
     require("--out", options.out, bool(recorded), "be a folder of runs, STUDY/ARM-sSEED.json in it")
-    print(f"{'study':10} {'arm':32} {'metric':24} {'mean':>8} {'sd':>8}  n  made with")
+    print(f"{'study':10} {'arm':32} {'metric':26} {'mean':>8} {'sd':>8}  n  made with")
     here = [one for one in EXPERIMENTS.values() if (one.study, one.arm) in recorded]
     for one in here:
         runs = results.load_runs(one.study, one.arm, options.out)
@@ -142,7 +142,7 @@ def _print_means(runs: list[results.Run], how: str) -> None:
             told = f"{mean:8.4f} " + (f"{sd:8.4f}" if n > 1 else f"{'–':>8}")
         except ValueError:  # CKA is not defined where a layer maps all inputs to one point
             told = f"{'undefined':17}"
-        print(f"{runs[0].study:10} {runs[0].arm:32} {metric:24} {told}  {len(runs)}  {how}")
+        print(f"{runs[0].study:10} {runs[0].arm:32} {metric:26} {told}  {len(runs)}  {how}")
 
 
 if __name__ == "__main__":
