@@ -712,7 +712,7 @@ DECAYED = (
                         FD,
                         RANK_INSIDE,
                         beside=True,
-                    )  # fmt: skip
+                    )
                 ),
                 *rows(MADE, "decay", ("rates",), FD, beside=True),
                 *rows(OTHERS_MADE, "decay", ("plain",), *SEEN_MADE, beside=True),

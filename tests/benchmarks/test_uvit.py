@@ -3,8 +3,9 @@
 32 x 32 images, patch 4, width 192, 12 + 1 blocks. Targets: a training step (batch 32) 1.5 times as
 fast as the DiT of diffusers at its defaults (float32), and no slower with our settings (bfloat16
 autocast, fused AdamW) for both; 64 images by DDIM no slower than the loop of its pipeline with the
-same net and precision, 1.5 times as fast as that loop with its DiT, and the same Fréchet distance
-in bfloat16; moments of 50 000 x 192 features in 3 times one product of that size.
+same net and precision, 1.5 times as fast as that loop with its DiT; the same Fréchet distance in
+bfloat16, of samples of a net that was trained for a moment; moments of 50 000 x 192 features in 3
+times one product of that size.
 Each round takes one turn of everything, and the median of the rounds' ratios is judged, with room
 for a busy machine. Two threads on a quiet machine, else the processor time of one.
 """
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from turns import ratio, seconds
 
+from mini_resdecay import experiments, results
+from mini_resdecay.cnn import ResidualCNN
 from mini_resdecay.data import load, to_float
 from mini_resdecay.diffusion import Diffusion
 from mini_resdecay.evaluate import frechet_distance, moments
@@ -112,8 +115,8 @@ def test_a_step_is_faster_than_that_of_a_dit(few_threads, capsys, at_least):
         times = seconds(works | {"ours": our_training()}, ROUNDS)
         faster, tuned = (ratio(times[name], times["ours"]) for name in works)
         print(f"  {faster:.2f} times as fast (target 1.5), {tuned:.2f} as tuned (target 1.0)")
-    at_least(faster, 1.3)
-    at_least(tuned, 0.95)
+    at_least(faster, 1.5)
+    at_least(tuned, 1.0)
 
 
 @pytest.mark.slow
@@ -134,18 +137,45 @@ def test_sampling_is_no_slower_than_the_pipeline_and_faster_with_ours(
         faster = ratio(times["loop with DiT"], times["ours, bfloat16"])
         print(f"  same net {same:.2f} (target 1.0), all ours {faster:.2f} (target 1.5)")
     full, half = works["ours, float32"](), works["ours, bfloat16"]()
-    real = to_float(load("shapes", "train").subset(512, 0).images)
-    distances = [distance(real, made) for made in (full, half)]
-    assert distances[1] == pytest.approx(distances[0], rel=0.02)
     assert (full - half).abs().mean() < 0.01  # of a range of 2
     at_least(same, 0.95)
-    at_least(faster, 1.3)
+    at_least(faster, 1.5)
 
 
-def distance(real: Tensor, made: Tensor) -> float:
-    """Of 4 x 4 thumbnails, which are grey where the real images are."""
-    small = (F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1) for x in (real, made))
-    return frechet_distance(*small)
+@pytest.mark.slow
+@pytest.mark.benchmark
+def test_samples_in_bfloat16_have_the_same_frechet_distance(few_threads, capsys):
+    """8 x 8 digits, enlarged and grey, as the judge of CIFAR-10 sees them."""
+    digits, start = to_float(load("digits", "train").images), torch.randn(512, 1, 8, 8)
+    torch.manual_seed(0)
+    net, diffusion = UViT(8, 2, 32, 2, 4, channels=1), Diffusion(1000, "cosine", "v")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        diffusion.loss(net, digits[torch.randint(len(digits), (64,))]).backward()
+        optimizer.step()
+    made = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            made.append(diffusion.sample(net, start.shape, "ddim", 50, clip=1.0, noise=start))
+    judge, clouds = judge_of_cifar10(), []
+    for images in (digits[:512], start, *made):
+        large = F.interpolate(images.expand(-1, 3, -1, -1), scale_factor=4.0)
+        clouds.append(experiments._features(judge, large))
+    real, *others = clouds
+    noise, full, half = (frechet_distance(cloud, real) for cloud in others)
+    with capsys.disabled():
+        print(f"\nFD {full:.3f} in float32, {half:.3f} in bfloat16; noise {noise:.2f}")
+    assert full < 0.5 * noise  # it has learned something
+    assert half == pytest.approx(full, rel=0.02)
+
+
+def judge_of_cifar10() -> nn.Module:
+    """The classifier whose bytes are in the book."""
+    (run,) = results.load_runs("judge", "cifar10")
+    judge = ResidualCNN(3, 10, run.recipe["widths"], run.recipe["blocks"])
+    judge.load_state_dict(results.kept_tensors(run))
+    return judge.eval()
 
 
 @pytest.mark.benchmark
