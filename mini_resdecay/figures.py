@@ -10,7 +10,6 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -96,11 +95,11 @@ def arm_styles(names: Names) -> dict[str, Style]:
     return {name: ARM_STYLE.get(name) or spare[others.index(name)] for name in names}
 
 
-def show(fig: plt.Figure, alt: str, path: str | Path | None = None) -> None:
+def show(fig: plt.Figure, alt: str) -> None:
     """Show the figure with its description in the output's metadata, and close it.
 
     A PNG of 256 colours at 150 dots per inch; equal figures give equal bytes. Inside `frames()` it
-    is kept instead of shown; with `path` it is also saved; outside Jupyter nothing is shown.
+    is kept instead of shown; outside Jupyter nothing is shown.
     Raises ValueError for an `alt` under 40 characters and a figure wider than 7 inches.
     """
     if len(alt.strip()) < SHORTEST_ALT:
@@ -115,8 +114,6 @@ def show(fig: plt.Figure, alt: str, path: str | Path | None = None) -> None:
     palette = Image.open(raw).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     palette.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
     png, ipython = small.getvalue(), sys.modules.get("IPython")  # not imported: not in Jupyter
-    if path is not None:
-        Path(path).write_bytes(png)
     if _open_frames:
         _open_frames[-1].append((png, alt))
     elif ipython is not None and ipython.get_ipython() is not None:
@@ -151,14 +148,12 @@ def spiral_scatter(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], *, alt: st
     _planes(panels, {}, 1.05 * reach, alt)
 
 
-def decision_maps(
-    grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str, extent: float = 1.2
-) -> None:
+def decision_maps(grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str) -> None:
     """Probability of class 1 over the input plane, {title: [G, G]}, with the points on top.
 
-    First grid index is x2 (upwards), second x1, both from -extent to extent.
+    First grid index is x2 (upwards), second x1, both from -1.2 to 1.2.
     """
-    _planes(dict.fromkeys(grids, (x, y)), grids, extent, alt)
+    _planes(dict.fromkeys(grids, (x, y)), grids, 1.2, alt)
 
 
 def _planes(points: Mapping[str, Any], grids: Arrays, reach: float, alt: str) -> None:
@@ -328,7 +323,7 @@ def histogram_grid(
     column_labels: Names,
     *,
     alt: str,
-    baseline: ArrayLike | None = None,
+    baseline: ArrayLike,
 ) -> None:
     """Densities of node values by class: features [rows, n, nodes], y [n] of 0 and 1.
 
@@ -338,7 +333,7 @@ def histogram_grid(
     """
     values = _array("features", features, len(row_labels), -1, len(column_labels))
     labels = _array("y", y, values.shape[1])
-    start = values if baseline is None else _array("baseline", baseline, *values.shape)
+    start = _array("baseline", baseline, *values.shape)
     both = np.concatenate([values, start]).reshape(-1, len(column_labels))
     edges = [np.histogram_bin_edges(column, 40) for column in both.T]
     ranges = [f"{bins[0]:.2g}\nto {bins[-1]:.2g}".replace("-", "−") for bins in edges]
@@ -346,8 +341,8 @@ def histogram_grid(
     with _mosaic(row_labels, names, alt) as axis:
         axis.set(xlabel="activation", ylabel="density")
         for row, node in np.ndindex(len(row_labels), len(column_labels)):
-            samples = [values[row, labels == label, node] for label in (0, 1)]
-            samples += [] if baseline is None else [start[row, :, node]]
+            classes = [values[row, labels == label, node] for label in (0, 1)]
+            samples = [*classes, start[row, :, node]]
             heights = [np.histogram(sample, edges[node], density=True)[0] for sample in samples]
             _draw_steps(axis, heights, PITCH * node, -PITCH * row)
         _legend_below([axis], 3)
@@ -356,7 +351,7 @@ def histogram_grid(
 def _draw_steps(axis: Any, heights: Sequence[Array], left: float, bottom: float) -> None:
     looks = (("class 0", BLUE, "-"), ("class 1", VERMILLION, ":"), ("at init, both", BLACK, "-"))
     places = left + np.linspace(0, 1, heights[0].size + 1)
-    for height, (label, colour, dash) in zip(heights, looks, strict=False):
+    for height, (label, colour, dash) in zip(heights, looks, strict=True):
         look = {"fc": f"{colour}66", "ec": colour, "lw": 0.9, "ls": dash, "fill": colour != BLACK}
         steps = bottom + height / np.max(heights)
         axis.stairs(steps, places, baseline=bottom, label=label, **look)
@@ -369,12 +364,11 @@ def input_maps(
     *,
     alt: str,
     scale: str = "column",
-    extent: float = 1.2,
 ) -> None:
     """Value of each node over the input plane: values [rows, nodes, G, G], G points a side.
 
     Shown as a part of the largest absolute value of its "column", its "panel" or the "figure".
-    First grid index is x2 (upwards), second x1, both from -extent to extent.
+    First grid index is x2 (upwards), second x1, both from -1.2 to 1.2.
     """
     maps = _array("values", values, len(row_labels), len(column_labels), -1, -1)
     shared = {"panel": (2, 3), "column": (0, 2, 3), "figure": (0, 1, 2, 3)}
@@ -382,8 +376,7 @@ def input_maps(
         raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
     maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
     with _mosaic(row_labels, column_labels, alt) as axis:
-        span = f"each from −{extent:g} to {extent:g}"
-        axis.set(xlabel=f"$x_1$, {span}", ylabel=f"$x_2$, {span}")
+        axis.set(xlabel="$x_1$, each from −1.2 to 1.2", ylabel="$x_2$, each from −1.2 to 1.2")
         for row, node in np.ndindex(maps.shape[:2]):
             x, y = PITCH * node, -PITCH * row
             place = (x, x + 1, y, y + 1)
