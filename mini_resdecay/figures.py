@@ -191,26 +191,28 @@ def curves(
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
-    For panels side by side on the same axes give {title: {arm: [S, T]}}. `band=True` shades lowest
-    to highest seed instead of drawing each; `references` are labelled level lines, `window` a
-    shaded stretch of x; gaps are NaN.
+    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `band=True` shades
+    lowest to highest seed instead of drawing each; `references` are labelled level lines, `window`
+    a shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
-    size = (5.6, 4.2) if len(panels) == 1 else (6.4, 4.0)
-    with canvas(1, len(panels), alt=alt, size=size, sharex=True, sharey=True) as axes:
-        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+    shape = (height := math.ceil(len(panels) / 3)), math.ceil(len(panels) / height)
+    size = (5.6, 4.2) if len(panels) == 1 else (6.4, 1.7 + 2.3 * height)
+    with canvas(*shape, alt=alt, size=size, sharex=True, sharey=True) as axes:
+        plt.setp(axes.flat[len(panels) :], visible=False)
+        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             _draw_arms(axis, _array("x", x, -1), lines, band)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
                 axis.axhline(level, color=GREY, linestyle=dash, linewidth=1.2, label=label)
             if window:
                 axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        axes[0, 0].set(ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
+        plt.setp(axes[:, 0], ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         spread = "shaded: lowest to highest seed" if band else "thin: each seed"
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
         heading = f"{spread}; thick: mean over seeds" if several else None
-        _legend_below(axes[0], 2 if references else 3, heading)
+        _legend_below(axes.flat, 2 if references else 3, heading)
 
 
 def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
@@ -241,7 +243,8 @@ def bars(arms: Arrays, xlabel: str, ylabel: str, *, alt: str, ticks: Names | Non
         axis.grid(axis="x", visible=False)
         axis.locator_params(axis="x", integer=True)
         if ticks is not None:
-            axis.set_xticks(range(count), ticks)
+            aslant = {"rotation": 35, "ha": "right"} if len("".join(ticks)) > 60 else {}
+            axis.set_xticks(range(count), ticks, **aslant)
         _legend_below([axis], 3, "bar: mean; points: each seed")
 
 

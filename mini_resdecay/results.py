@@ -17,7 +17,7 @@ import subprocess
 import sys
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -200,6 +200,13 @@ def told(runs: Sequence[Run], part: str, *names: str) -> str:
     found = (summary(runs, f"{part}.{name}") for name in names)
     columns = (f"{middle:.3f}" + f"±{sd:.3f}" * (n > 1) for middle, sd, n in found)
     return " ".join(f"{column:11}" for column in columns).rstrip()
+
+
+def by_seed(runs: Mapping[str, Sequence[Run]], arms: Sequence[str], metric: str) -> Any:
+    """One number of each run: a masked array, a row a seed and a column an arm, NaN for no run."""
+    found = {(run.seed, arm): value(run, metric) for arm in arms for run in runs.get(arm, ())}
+    seeds = sorted({seed for seed, _ in found}) or [0]
+    return np.ma.masked_invalid([[found.get((s, arm), math.nan) for arm in arms] for s in seeds])
 
 
 def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:

@@ -157,6 +157,24 @@ def test_panels_share_limits(monkeypatch):
         assert one.get_ylim() == two.get_ylim()
 
 
+def test_more_than_three_panels_go_on_in_a_second_row(monkeypatch):
+    panels = {title: SEEDS for title in "abcde"}
+    fig = drawn(lambda: figures.curves(LAYERS, panels, "layer", "loss", alt=ALT), monkeypatch)
+    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == [*panels]
+    assert [axis.get_ylabel() for axis in fig.axes] == ["loss", "", "", "loss", "", ""]
+
+
+def test_long_names_of_bars_stand_aslant(monkeypatch):
+    for name, angle in (("short", 0), ("a long name, and more of it", 35)):
+        fig = drawn(
+            lambda name=name: figures.bars(
+                {"a": np.ones((1, 3))}, "", "y", alt=ALT, ticks=[name] * 3
+            ),
+            monkeypatch,
+        )
+        assert fig.axes[0].get_xticklabels()[0].get_rotation() == angle
+
+
 def test_maps_share_colours_and_differences_are_centred(monkeypatch):
     fig = drawn(lambda: DRAW["heatmaps"](ALT), monkeypatch)
     images = [axis.images[0] for axis in fig.axes[:3]]

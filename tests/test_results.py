@@ -463,6 +463,20 @@ def test_paired_interval_refuses(a: list, b: list, message: str) -> None:
         paired_interval(a, b)
 
 
+def test_by_seed_leaves_a_gap_where_a_run_is_missing() -> None:
+    """A gap is no number to numpy's masked arrays, and NaN to everything else."""
+    arms = {"a": with_metric([0.1, 0.2]), "b": with_metric([0.4], first=1), "c": []}
+    table = results.by_seed(arms, ("b", "a", "c", "d"), "test.accuracy")
+    assert np.asarray(table) == pytest.approx(
+        np.array([[np.nan, 0.1, np.nan, np.nan], [0.4, 0.2, np.nan, np.nan]]), nan_ok=True
+    )
+    assert table.count(0).tolist() == [1, 2, 0, 0]
+    assert (table[:, 0] - table[:, 1]).compressed() == pytest.approx([0.2])
+    assert np.isnan(results.by_seed({}, ("a", "b"), "test.accuracy").data).tolist() == [
+        [True, True]
+    ]
+
+
 def test_versus_takes_the_seeds_that_both_arms_have() -> None:
     a, b = with_metric([1.0, 2.0, 4.0], "plain"), with_metric([0.0, 1.5], "decay", first=1)
     gap = paired_interval([2, 4], [0, 1.5])

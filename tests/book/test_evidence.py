@@ -381,6 +381,36 @@ def test_six_arms_are_enough_for_a_correlation() -> None:
     assert evidence.verdict(claim, [evidence.line(claim, few, runs)]) == evidence.NOT_RUN
 
 
+def test_a_correlation_takes_the_arms_that_are_there() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "B7")
+    link = next(what for what in claim.compared if isinstance(what, evidence.Link))
+    runs = {
+        ("decay", arm): {seed: a_run(arm, seed, 0.1 * i, rank=i) for seed in range(2)}
+        for i, arm in enumerate(link.arms[:7])
+    }
+    runs["decay", link.arms[6]].pop(1)
+    now = evidence.begun(claim, runs)
+    lines = [evidence.line(now, what, runs) for what in now.compared]
+    told = [one for one in lines if isinstance(one.what, evidence.Link)]
+    assert [one.gap.mean for one in told] == [1.0, 1.0]
+    assert told[0].what.label.endswith(f", 6 of {len(link.arms)} arms")
+    assert evidence.so_far(now, lines) == ", so far" and "the other arms" in now.needs
+    runs.pop(("decay", link.arms[0]))
+    assert evidence.begun(claim, runs) == claim  # five are too few
+
+
+def test_what_decay_adds_from_zero_and_from_random_branches() -> None:
+    knn = {"decay": 0.30, "skips-only": 0.40, "decay-xavier": 0.15, "skips-only-xavier": 0.41}
+    runs = {
+        ("decay", arm): {seed: a_run(arm, seed, v + 0.01 * seed) for seed in range(2)}
+        for arm, v in knn.items()
+    }
+    claim = next(one for one in evidence.CLAIMS if one.number == "B17")
+    first, *rest = [evidence.line(claim, what, runs) for what in claim.compared]
+    assert first.means == pytest.approx((-0.10, -0.26))
+    assert first.reading == evidence.HOLDS and [one.what.decides for one in rest] == [False, False]
+
+
 def test_rows_say_by_which_rule_they_are_read(tmp_path: Path) -> None:
     row = rows_of(tmp_path, BASE | {"decay": [0.30, 0.31, 0.32]})["B1"]
     assert row.count("contradicted *(rule)*, 3/3") == 2
