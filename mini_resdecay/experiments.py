@@ -339,19 +339,16 @@ def _tiers(
     rate: float = 1.0,
 ) -> dict[str, Recipe]:
     """What an arm changes in each tier, with the window of its depth where it asks for that."""
-
-    def recipe(size: Any, length: int) -> Recipe:
-        depth = deeper * size.depth
+    tiers = {}
+    for (tier, size), length in zip(sizes.items(), epochs, strict=True):
+        depth, dim, heads = deeper * size.depth, wider * size.dim, wider * size.heads
         # A denoiser has one more block, in the middle.
         window = _window(depth + isinstance(size, DiffusionRecipe))
         told = {name: window if value == WINDOW else value for name, value in changes.items()}
-        dim, heads = wider * size.dim, wider * size.heads
-        return replace(
+        tiers[tier] = replace(
             size, epochs=length, depth=depth, dim=dim, heads=heads, lr=rate * size.lr, **told
         )
-
-    pairs = zip(sizes.items(), epochs, strict=True)
-    return {tier: recipe(size, length) for (tier, size), length in pairs}
+    return tiers
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}

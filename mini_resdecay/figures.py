@@ -185,15 +185,13 @@ def curves(
     alt: str,
     log: bool = False,
     ylim: tuple[float, float] | None = None,
-    band: bool = False,
     references: Mapping[str, float] | None = None,
     window: tuple[float, float] | None = None,
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
-    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `band=True` shades
-    lowest to highest seed instead of drawing each; `references` are labelled level lines, `window`
-    a shaded stretch of x; gaps are NaN.
+    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `references` are
+    labelled level lines, `window` a shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
@@ -202,26 +200,22 @@ def curves(
     with canvas(*shape, alt=alt, size=size, sharex=True, sharey=True) as axes:
         plt.setp(axes.flat[len(panels) :], visible=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-            _draw_arms(axis, _array("x", x, -1), lines, band)
+            _draw_arms(axis, _array("x", x, -1), lines)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
                 axis.axhline(level, color=GREY, linestyle=dash, linewidth=1.2, label=label)
             if window:
                 axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
         plt.setp(axes[:, 0], ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
-        spread = "shaded: lowest to highest seed" if band else "thin: each seed"
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
-        heading = f"{spread}; thick: mean over seeds" if several else None
+        heading = "thin: each seed; thick: mean over seeds" if several else None
         _legend_below(axes.flat, 2 if references else 3, heading)
 
 
-def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
+def _draw_arms(axis: Any, x: Array, arms: Arrays) -> None:
     for arm, (colour, marker, dash) in arm_styles(list(arms)).items():
         seeds = np.ma.masked_invalid(_array(arm, arms[arm], -1, x.size))
-        if band:
-            axis.fill_between(x, seeds.min(axis=0), seeds.max(axis=0), fc=colour, alpha=0.2)
-        else:
-            axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
+        axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
         look = {"linewidth": 2.2, "markevery": max(1, x.size // 8), "label": arm}
         axis.plot(x, seeds.mean(axis=0), marker + dash, color=colour, **look)
     axis.locator_params(axis="x", integer=not (x % 1).any())

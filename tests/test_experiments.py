@@ -1533,7 +1533,7 @@ def test_first_five_losses_of_a_record_replay(name):
         if not os.environ.get("MINI_RESDECAY_DATA"):
             pytest.skip("MINI_RESDECAY_DATA is not set: no real images to replay on")
         images = data.load(recipe.data, "train").subset(recipe.images, 0)
-        assert results.check_fingerprint(run, images.fingerprint)
+        assert run.fingerprint == images.fingerprint
     losses = experiments.first_losses(recipe, run.seed, images)
     assert len(losses) == len(run.first_losses) == 5
     torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)

@@ -36,7 +36,7 @@ DRAW = {
         LAYERS, SEEDS, "layer", "loss, nats", alt=alt, log=True, references={"chance": 0.5}
     ),
     "curves, panels": lambda alt: figures.curves(
-        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt, band=True
+        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt
     ),
     "bars": lambda alt: figures.bars(SEEDS, "block", "accuracy lost", alt=alt),
     "scatter_seeds": lambda alt: figures.scatter_seeds(
@@ -381,11 +381,15 @@ def test_tensors_draw_like_arrays():
             r"y must have shape \(9, 9\) .*, got \(4, 9\)",
         ),
         (
-            lambda: figures.histogram_grid(FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT, baseline=FEATURES),
+            lambda: figures.histogram_grid(
+                FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT, baseline=FEATURES
+            ),
             r"features must have shape \(2, -1, 2\) .*, got \(3, 40, 2\)",
         ),
         (
-            lambda: figures.histogram_grid(FEATURES * np.nan, Y, ROWS, COLUMNS, alt=ALT, baseline=FEATURES),
+            lambda: figures.histogram_grid(
+                np.nan * FEATURES, Y, ROWS, COLUMNS, alt=ALT, baseline=FEATURES
+            ),
             "range of .nan, nan. is not finite",
         ),
         (
