@@ -164,8 +164,8 @@ class Diffusion:
         known("sampler", sampler, ("ddpm", "ddim"))
         steps = self.steps if steps is None else steps
         require("steps", steps, 1 <= steps <= self.steps, f"be in 1…{self.steps}")
-        most = 1 if sampler == "ddim" else 0
-        require("eta", eta, 0 <= eta <= most, 'lie in [0, 1], and be 0 for "ddpm"')
+        ddim = sampler == "ddim"
+        require("eta", eta, 0 <= eta <= int(ddim), 'lie in [0, 1], and be 0 for "ddpm"')
         if noise is not None and noise.shape != tuple(shape):
             raise ValueError(f"noise must have the shape {list(shape)}, got {list(noise.shape)}")
         weights = list(model.parameters()) if isinstance(model, nn.Module) else []
@@ -178,7 +178,6 @@ class Diffusion:
             x0, eps = self.parts(guided(model, x, t.to(device), y, guidance), x, t)
             if clip is not None:
                 x0, eps = self.parts(x0.clamp(-clip, clip), x, t, "x0")
-            ddim = sampler == "ddim"
             x, variance = self.ddim(x0, eps, t, s, eta) if ddim else self.posterior(x0, x, t, s)
             if variance.any():
                 x = x + variance.sqrt().to(x) * _normal(x.shape, x, generator)

@@ -4,6 +4,7 @@ An experiment is a recipe per tier. Arms of one study differ in one field, which
 This file and the command line are the only ones that know models, data and measures together.
 """
 
+import contextlib
 import copy
 import math
 import shutil
@@ -338,19 +339,16 @@ def _tiers(
     rate: float = 1.0,
 ) -> dict[str, Recipe]:
     """What an arm changes in each tier, with the window of its depth where it asks for that."""
-
-    def recipe(size: Any, length: int) -> Recipe:
-        depth = deeper * size.depth
+    tiers = {}
+    for (tier, size), length in zip(sizes.items(), epochs, strict=True):
+        depth, dim, heads = deeper * size.depth, wider * size.dim, wider * size.heads
         # A denoiser has one more block, in the middle.
         window = _window(depth + isinstance(size, DiffusionRecipe))
         told = {name: window if value == WINDOW else value for name, value in changes.items()}
-        dim, heads = wider * size.dim, wider * size.heads
-        return replace(
+        tiers[tier] = replace(
             size, epochs=length, depth=depth, dim=dim, heads=heads, lr=rate * size.lr, **told
         )
-
-    pairs = zip(sizes.items(), epochs, strict=True)
-    return {tier: recipe(size, length) for (tier, size), length in pairs}
+    return tiers
 
 
 _SKIPS: dict[str, Any] = {"arch": "paper"}
@@ -742,7 +740,8 @@ def run(
 
     `data` is the folder of image sets. With `resume`, a recorded run is left as it is, and one
     on images that was stopped goes on from its checkpoint in `out/unfinished`; without, a line
-    says that a record will be replaced.
+    says that a record will be replaced. A UserWarning says so if the book's runs with these
+    settings saw other images.
     Raises ValueError for unknown names and values, and if `out` holds this run with another
     recipe.
     """
@@ -774,7 +773,17 @@ def run(
     if PartialState().is_main_process:
         results.write(record, out)
         shutil.rmtree(work, ignore_errors=True)
+        if not isinstance(recipe, SpiralRecipe):
+            _compare_images(record)
     return path
+
+
+def _compare_images(run: results.Run) -> None:
+    """Warn if the book has a run with the same settings, but on other images."""
+    with contextlib.suppress(ValueError, OSError):  # it has none, or is out of reach
+        for other in results.load_runs(run.study, run.arm):
+            if made_with(other) == made_with(run):
+                results.check_fingerprint(other, run.fingerprint)
 
 
 def made_with(run: results.Run) -> str:

@@ -10,7 +10,6 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -96,11 +95,11 @@ def arm_styles(names: Names) -> dict[str, Style]:
     return {name: ARM_STYLE.get(name) or spare[others.index(name)] for name in names}
 
 
-def show(fig: plt.Figure, alt: str, path: str | Path | None = None) -> None:
+def show(fig: plt.Figure, alt: str) -> None:
     """Show the figure with its description in the output's metadata, and close it.
 
     A PNG of 256 colours at 150 dots per inch; equal figures give equal bytes. Inside `frames()` it
-    is kept instead of shown; with `path` it is also saved; outside Jupyter nothing is shown.
+    is kept instead of shown; outside Jupyter nothing is shown.
     Raises ValueError for an `alt` under 40 characters and a figure wider than 7 inches.
     """
     if len(alt.strip()) < SHORTEST_ALT:
@@ -115,8 +114,6 @@ def show(fig: plt.Figure, alt: str, path: str | Path | None = None) -> None:
     palette = Image.open(raw).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     palette.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
     png, ipython = small.getvalue(), sys.modules.get("IPython")  # not imported: not in Jupyter
-    if path is not None:
-        Path(path).write_bytes(png)
     if _open_frames:
         _open_frames[-1].append((png, alt))
     elif ipython is not None and ipython.get_ipython() is not None:
@@ -151,14 +148,12 @@ def spiral_scatter(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], *, alt: st
     _planes(panels, {}, 1.05 * reach, alt)
 
 
-def decision_maps(
-    grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str, extent: float = 1.2
-) -> None:
+def decision_maps(grids: Arrays, x: ArrayLike, y: ArrayLike, *, alt: str) -> None:
     """Probability of class 1 over the input plane, {title: [G, G]}, with the points on top.
 
-    First grid index is x2 (upwards), second x1, both from -extent to extent.
+    First grid index is x2 (upwards), second x1, both from -1.2 to 1.2.
     """
-    _planes(dict.fromkeys(grids, (x, y)), grids, extent, alt)
+    _planes(dict.fromkeys(grids, (x, y)), grids, 1.2, alt)
 
 
 def _planes(points: Mapping[str, Any], grids: Arrays, reach: float, alt: str) -> None:
@@ -190,15 +185,13 @@ def curves(
     alt: str,
     log: bool = False,
     ylim: tuple[float, float] | None = None,
-    band: bool = False,
     references: Mapping[str, float] | None = None,
     window: tuple[float, float] | None = None,
 ) -> None:
     """Lines over x [T] of several arms {arm: [S, T]}: each seed thin, their mean thick.
 
-    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `band=True` shades
-    lowest to highest seed instead of drawing each; `references` are labelled level lines, `window`
-    a shaded stretch of x; gaps are NaN.
+    For panels on the same axes, three in a row, give {title: {arm: [S, T]}}. `references` are
+    labelled level lines, `window` a shaded stretch of x; gaps are NaN.
     Where every arm has one row the legend does not speak of seeds.
     """
     panels = arms if all(isinstance(value, Mapping) for value in arms.values()) else {"": arms}
@@ -207,26 +200,22 @@ def curves(
     with canvas(*shape, alt=alt, size=size, sharex=True, sharey=True) as axes:
         plt.setp(axes.flat[len(panels) :], visible=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-            _draw_arms(axis, _array("x", x, -1), lines, band)
+            _draw_arms(axis, _array("x", x, -1), lines)
             for dash, (label, level) in zip("-:" * 9, (references or {}).items(), strict=False):
                 axis.axhline(level, color=GREY, linestyle=dash, linewidth=1.2, label=label)
             if window:
                 axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
         plt.setp(axes[:, 0], ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
-        spread = "shaded: lowest to highest seed" if band else "thin: each seed"
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
-        heading = f"{spread}; thick: mean over seeds" if several else None
+        heading = "thin: each seed; thick: mean over seeds" if several else None
         _legend_below(axes.flat, 2 if references else 3, heading)
 
 
-def _draw_arms(axis: Any, x: Array, arms: Arrays, band: bool) -> None:
+def _draw_arms(axis: Any, x: Array, arms: Arrays) -> None:
     for arm, (colour, marker, dash) in arm_styles(list(arms)).items():
         seeds = np.ma.masked_invalid(_array(arm, arms[arm], -1, x.size))
-        if band:
-            axis.fill_between(x, seeds.min(axis=0), seeds.max(axis=0), fc=colour, alpha=0.2)
-        else:
-            axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
+        axis.plot(x, seeds.T, color=colour, linewidth=0.8, alpha=0.4)
         look = {"linewidth": 2.2, "markevery": max(1, x.size // 8), "label": arm}
         axis.plot(x, seeds.mean(axis=0), marker + dash, color=colour, **look)
     axis.locator_params(axis="x", integer=not (x % 1).any())
@@ -331,7 +320,7 @@ def histogram_grid(
     column_labels: Names,
     *,
     alt: str,
-    baseline: ArrayLike | None = None,
+    baseline: ArrayLike,
 ) -> None:
     """Densities of node values by class: features [rows, n, nodes], y [n] of 0 and 1.
 
@@ -341,7 +330,7 @@ def histogram_grid(
     """
     values = _array("features", features, len(row_labels), -1, len(column_labels))
     labels = _array("y", y, values.shape[1])
-    start = values if baseline is None else _array("baseline", baseline, *values.shape)
+    start = _array("baseline", baseline, *values.shape)
     both = np.concatenate([values, start]).reshape(-1, len(column_labels))
     edges = [np.histogram_bin_edges(column, 40) for column in both.T]
     ranges = [f"{bins[0]:.2g}\nto {bins[-1]:.2g}".replace("-", "−") for bins in edges]
@@ -349,8 +338,8 @@ def histogram_grid(
     with _mosaic(row_labels, names, alt) as axis:
         axis.set(xlabel="activation", ylabel="density")
         for row, node in np.ndindex(len(row_labels), len(column_labels)):
-            samples = [values[row, labels == label, node] for label in (0, 1)]
-            samples += [] if baseline is None else [start[row, :, node]]
+            classes = [values[row, labels == label, node] for label in (0, 1)]
+            samples = [*classes, start[row, :, node]]
             heights = [np.histogram(sample, edges[node], density=True)[0] for sample in samples]
             _draw_steps(axis, heights, PITCH * node, -PITCH * row)
         _legend_below([axis], 3)
@@ -359,7 +348,7 @@ def histogram_grid(
 def _draw_steps(axis: Any, heights: Sequence[Array], left: float, bottom: float) -> None:
     looks = (("class 0", BLUE, "-"), ("class 1", VERMILLION, ":"), ("at init, both", BLACK, "-"))
     places = left + np.linspace(0, 1, heights[0].size + 1)
-    for height, (label, colour, dash) in zip(heights, looks, strict=False):
+    for height, (label, colour, dash) in zip(heights, looks, strict=True):
         look = {"fc": f"{colour}66", "ec": colour, "lw": 0.9, "ls": dash, "fill": colour != BLACK}
         steps = bottom + height / np.max(heights)
         axis.stairs(steps, places, baseline=bottom, label=label, **look)
@@ -372,12 +361,11 @@ def input_maps(
     *,
     alt: str,
     scale: str = "column",
-    extent: float = 1.2,
 ) -> None:
     """Value of each node over the input plane: values [rows, nodes, G, G], G points a side.
 
     Shown as a part of the largest absolute value of its "column", its "panel" or the "figure".
-    First grid index is x2 (upwards), second x1, both from -extent to extent.
+    First grid index is x2 (upwards), second x1, both from -1.2 to 1.2.
     """
     maps = _array("values", values, len(row_labels), len(column_labels), -1, -1)
     shared = {"panel": (2, 3), "column": (0, 2, 3), "figure": (0, 1, 2, 3)}
@@ -385,8 +373,7 @@ def input_maps(
         raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
     maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
     with _mosaic(row_labels, column_labels, alt) as axis:
-        span = f"each from −{extent:g} to {extent:g}"
-        axis.set(xlabel=f"$x_1$, {span}", ylabel=f"$x_2$, {span}")
+        axis.set(xlabel="$x_1$, each from −1.2 to 1.2", ylabel="$x_2$, each from −1.2 to 1.2")
         for row, node in np.ndindex(maps.shape[:2]):
             x, y = PITCH * node, -PITCH * row
             place = (x, x + 1, y, y + 1)

@@ -296,17 +296,15 @@ def environment(gpu: bool = True) -> dict[str, Any]:
     return {"device": device, "versions": versions, "commit": commit, "peak_memory_gib": _peak(gpu)}
 
 
-def check_fingerprint(run: Run, fingerprint: str) -> bool:
-    """Whether `run` was made with this very data; a UserWarning says what it means if not."""
-    same = run.fingerprint == fingerprint
-    if not same:
+def check_fingerprint(run: Run, fingerprint: str) -> None:
+    """A UserWarning that says what it means, if `run` was made with other data than this."""
+    if run.fingerprint != fingerprint:
         warnings.warn(
             f"{run.study}/{run.arm} was recorded with other data: {run.fingerprint}, yours is "
             f"{fingerprint}. PNG pictures instead of JPEG change losses from the third digit on; "
             "another set or split cannot be compared",
             stacklevel=2,
         )
-    return same
 
 
 # ---- the schema ----

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,22 @@ def little_images(monkeypatch, tmp_path):
     sets = {split: data.shapes(n, n)[0] for split, n in (("train", 96), ("test", 60))}
     monkeypatch.setattr(experiments, "load", lambda name, split, root: sets[split])
     return ["batch=16", "epochs=2", "images=96", "measured=60", "widths=8,8", "blocks=1"]
+
+
+def test_other_images_than_the_books_are_a_warning(little_images, monkeypatch):
+    def warned(**more):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            experiments.run("reuse-cifar10", **{"changes": little_images} | more)
+        return [str(one.message) for one in caught if "other data" in str(one.message)]
+
+    monkeypatch.setattr(results, "checkout", lambda: Path("book"))
+    assert warned(out="book") == warned(out="same") == []
+    other = data.shapes(96, 5)[0]
+    monkeypatch.setattr(experiments, "load", lambda name, split, root: other)
+    (told,) = warned(out="mine", seed=1)
+    assert told.startswith("reuse/cifar10 was recorded with other data") and "JPEG" in told
+    assert warned(out="short", changes=[*little_images, "epochs=1"]) == []  # nothing like it there
 
 
 def test_stopped_image_run_goes_on_to_the_same_record(little_images, tmp_path, monkeypatch):
@@ -1516,7 +1533,7 @@ def test_first_five_losses_of_a_record_replay(name):
         if not os.environ.get("MINI_RESDECAY_DATA"):
             pytest.skip("MINI_RESDECAY_DATA is not set: no real images to replay on")
         images = data.load(recipe.data, "train").subset(recipe.images, 0)
-        assert results.check_fingerprint(run, images.fingerprint)
+        assert run.fingerprint == images.fingerprint
     losses = experiments.first_losses(recipe, run.seed, images)
     assert len(losses) == len(run.first_losses) == 5
     torch.testing.assert_close(losses, run.first_losses, rtol=1e-4, atol=0)

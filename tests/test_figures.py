@@ -36,7 +36,7 @@ DRAW = {
         LAYERS, SEEDS, "layer", "loss, nats", alt=alt, log=True, references={"chance": 0.5}
     ),
     "curves, panels": lambda alt: figures.curves(
-        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt, band=True
+        LAYERS, {"ReLU": SEEDS, "tanh": SEEDS}, "layer", "loss, nats", alt=alt
     ),
     "bars": lambda alt: figures.bars(SEEDS, "block", "accuracy lost", alt=alt),
     "scatter_seeds": lambda alt: figures.scatter_seeds(
@@ -381,11 +381,15 @@ def test_tensors_draw_like_arrays():
             r"y must have shape \(9, 9\) .*, got \(4, 9\)",
         ),
         (
-            lambda: figures.histogram_grid(FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT),
+            lambda: figures.histogram_grid(
+                FEATURES, Y, ROWS[:2], COLUMNS, alt=ALT, baseline=FEATURES
+            ),
             r"features must have shape \(2, -1, 2\) .*, got \(3, 40, 2\)",
         ),
         (
-            lambda: figures.histogram_grid(FEATURES * np.nan, Y, ROWS, COLUMNS, alt=ALT),
+            lambda: figures.histogram_grid(
+                np.nan * FEATURES, Y, ROWS, COLUMNS, alt=ALT, baseline=FEATURES
+            ),
             "range of .nan, nan. is not finite",
         ),
         (
@@ -404,7 +408,7 @@ def test_bad_input_is_named(draw, message):
 
 def test_a_dead_node_still_has_a_histogram():
     dead = FEATURES * [1, 0]
-    assert png_of(lambda: figures.histogram_grid(dead, Y, ROWS, COLUMNS, alt=ALT))
+    assert png_of(lambda: figures.histogram_grid(dead, Y, ROWS, COLUMNS, alt=ALT, baseline=dead))
 
 
 def test_no_two_arms_look_alike():
@@ -456,11 +460,12 @@ def test_jupyter_gets_one_png_with_its_alt(monkeypatch):
     assert published[0]["metadata"] == {"image/png": {"alt": ALT}}
 
 
-def test_show_saves_where_it_is_told(tmp_path, capsys):
-    fig = Figure(figsize=(2, 2))
-    assert figures.show(fig, ALT, tmp_path / "picture.png") is None
-    with Image.open(tmp_path / "picture.png") as picture:
+def test_show_makes_a_png_of_150_dots_an_inch_and_prints_nothing(capsys):
+    with figures.frames() as shots:
+        assert figures.show(Figure(figsize=(2, 2)), ALT) is None
+    with Image.open(io.BytesIO(shots[0][0])) as picture:
         assert picture.size == (300, 300)
+    assert figures.show(Figure(figsize=(2, 2)), ALT) is None
     assert capsys.readouterr().out == ""
 
 
