@@ -92,6 +92,7 @@ def record(arm: str, seed: int, fd: float, held: float, agreement: float) -> res
         "knn_best": 0.7,
         "rank_entropy": {"100": [2.0, 2.0, 2.0, 3.0, 2.0, 2.0]},
         "knn": {"100": [0.3, 0.5, 0.6, 0.6, 0.5, 0.4]},
+        "probe": {"100": [0.3, 0.5, 0.6, 0.6, 0.5, 0.45]},
         "guidance": {**AGREES, "agreement": [agreement, 0.9, 0.9, 0.9]},
         **dict.fromkeys(FDS, fd),
         "fd_name": dict.fromkeys(FDS, "FD_judge-fashion-mnist@2000"),
@@ -198,8 +199,8 @@ def test_part_three(said: Said, decay: list[float], rates: list[float], word: st
 
 def test_two_seeds_decide_nothing_and_are_shown(said: Said) -> None:
     text = said(plain=PLAIN[:2], decay=HIGHER[:2], no_skips=HIGHER[:1])
-    assert "decay less plain n=2 +1.050±0.635*" in text
-    assert "no-skips less plain n=1 no interval" in text
+    assert "decay    - plain fd          n=2 +1.050±0.635*" in text
+    assert "no-skips - plain fd          n=1 no interval" in text
     assert all(part(text, n).endswith("not recorded yet") for n in (1, 2, 3))
 
 
@@ -228,7 +229,7 @@ def test_each_has_the_rate_with_the_least_loss_in_seed_0(said: Said) -> None:
     assert part(text, 1).endswith("decay lowers FD here")
     # Part (3) stays at the usual rate; trials stand in the tables and in no difference.
     assert text.count("\ndecay-lr-0.5 ") == 2
-    assert "\ndecay less plain n=3" in text and "decay-lr-0.5 less plain n" not in text
+    assert "\ndecay    - plain fd          n=3" in text and "decay-lr-0.5 - plain" not in text
 
 
 def test_a_rate_that_won_and_has_one_seed_waits(said: Said) -> None:
@@ -259,16 +260,14 @@ def test_the_tables_have_deviations_and_floors_and_ceilings(said: Said) -> None:
     assert ["cifar10-plain", "1", "5.000", "0.700", "0.600", "0.800", "0.500"] in lines
     inside = ["0.027±0.029", "0.800±0.000", "0.700±0.000", "3.000±0.000"]
     assert ["plain", "3", *inside, "0.800±0.000"] in lines
-    assert ["unconditional-plain", "3", *inside] in lines
+    assert ["uncond.-plain", "3", *inside] in lines
     assert ["untrained", "0.027±0.029", "0.350±0.100", "0.350±0.000", "3.000±0.000"] in lines
     assert ["untrained", "0.060", "0.250", "0.350", "3.000"] in lines  # of cifar10-plain
-    told = "epochs 7, batch 32, lr 0.004, {} images, CPU, one thread, 900 s"
-    assert text.count(told.format(60_000)) == text.count(told.format(50_000)) == 1
-    assert "judge of fashion-mnist names 0.910\n" in text
-    assert "judge of cifar10 names 0.650\n" in text
+    told = "{} images, epochs 7, batch 32, lr 0.004, CPU, one thread\n900 s; judge 0.{}\n"
+    assert text.count(told.format(60_000, 910)) == text.count(told.format(50_000, 650)) == 1
     assert text.count("fd_noise ") == text.count("fd_floor_half ") == 2
     assert "fd_few" not in text
-    told = [x for x in text.splitlines() if x.startswith(("  ", "unconditional", "untrained"))]
+    told = [x for x in text.splitlines() if x.startswith(("  ", "uncond", "untrained"))]
     for header, row in ((told[0], told[1]), (told[2], told[3]), (told[2], told[4])):
         starts = [found.start() for found in re.finditer(r"(?<=  )\S", header[: len(row)])]
         assert len(starts) >= 4
@@ -281,9 +280,9 @@ def test_arms_are_compared_with_the_plain_of_their_kind(said: Said) -> None:
     text = said(plain=LOWER, decay=LOWER, rates=HIGHER, **{"alpha-0.5": PLAIN}, **kinds)
     gap = results.paired_interval(HIGHER, PLAIN)
     for kind in ("cifar10", "unconditional"):
-        assert f"{kind}-decay less {kind}-plain n=3 {gap} ({gap.smallest_effect:.3f})" in text
-    assert f"rates less plain n=3 {results.paired_interval(HIGHER, LOWER)}" in text
-    assert "alpha-0.5 less plain n=3" in text and "plain less" not in text
+        assert f"{kind}-decay - plain fd          n=3 {gap} ({gap.smallest_effect:.3f})" in text
+    assert f"rates    - plain fd          n=3 {results.paired_interval(HIGHER, LOWER)}" in text
+    assert "alpha-0.5 - plain fd          n=3" in text and "plain - plain" not in text
 
 
 def test_all_arms_that_kept_samples_are_shown(
@@ -325,8 +324,8 @@ def test_the_figure_tells_of_all_its_panels(said: Said, monkeypatch: pytest.Monk
     monkeypatch.setattr(figures, "canvas", heard)
     said(cells=("MAIN =",), plain=PLAIN[:1], decay=HIGHER)
     [alt] = alts
-    assert "FD_judge@200 plain 5.00, decay 6.07; FD_judge@400 plain 1.90, decay 1.90; " in alt
-    assert "kNN at t = 100 plain 0.40, decay 0.40" in alt
+    assert "FD_judge@200 plain 5.000, decay 6.067; FD_judge@400 plain 1.900, decay 1.900; " in alt
+    assert "kNN at t = 100 plain 0.400, decay 0.400; probe at t = 100 plain 0.450, " in alt
 
 
 def test_the_answer_of_exercise_5_stands_in_the_table() -> None:
