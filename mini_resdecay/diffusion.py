@@ -156,7 +156,7 @@ class Diffusion:
         "ddpm" draws from `posterior`, "ddim" from `ddim` with `eta`. `y` [B] and `guidance`: see
         `guided`. `clip` keeps each predicted x0 in [-clip, clip]. The first state is `noise`, or
         drawn; a `generator` on the CPU gives the same numbers on every device. `device` is the
-        module's unless given, of a bare function the CPU. `progress` shows a bar after five
+        module's unless given, of a bare function that of `noise` or the CPU. `progress` shows a bar after five
         seconds. A module that behaves otherwise in training must be in evaluation mode.
         Raises ValueError for bad settings, FloatingPointError for samples that are not finite.
         Differs from arXiv 2006.11239: x0 is clipped only where asked for.
@@ -168,8 +168,8 @@ class Diffusion:
         require("eta", eta, 0 <= eta <= int(ddim), 'lie in [0, 1], and be 0 for "ddpm"')
         if noise is not None and noise.shape != tuple(shape):
             raise ValueError(f"noise must have the shape {list(shape)}, got {list(noise.shape)}")
-        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
-        device = device or (weights[0].device if weights else "cpu")
+        at = next(iter(model.parameters()), noise) if isinstance(model, nn.Module) else noise
+        device = device or ("cpu" if at is None else at.device)
         x = _normal(shape, torch.empty(0, device=device), generator) if noise is None else noise
         x, y = x.to(device), None if y is None else y.to(device)
         times = [-1, *(k * self.steps // steps for k in range(steps))]

@@ -192,10 +192,10 @@ def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0, len(values)
 
 
-def told(runs: Sequence[Run], part: str, *names: str) -> str:
+def spread(runs: Sequence[Run], part: str, *names: str) -> str:
     """Means and, of several runs, deviations of metrics, in columns: "0.677±0.015 3.195±0.129".
 
-    `told(runs, "trained", "fd", "knn.100.3")` is of "trained.fd" and "trained.knn.100.3".
+    `spread(runs, "trained", "fd", "knn.100.3")` is of "trained.fd" and "trained.knn.100.3".
     """
     found = (summary(runs, f"{part}.{name}") for name in names)
     columns = (f"{middle:.3f}" + f"±{sd:.3f}" * (n > 1) for middle, sd, n in found)

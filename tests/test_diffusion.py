@@ -607,3 +607,15 @@ def test_an_unknown_kind_is_named():
 def test_a_model_that_breaks_is_not_silent(value):
     with pytest.raises(FloatingPointError, match="samples are not finite: the model returned"):
         Diffusion(4).sample(lambda x, t: x * value, (2, 1, 3, 3))
+
+
+def test_a_bare_function_samples_where_its_noise_is():
+    class Seen(Exception):
+        pass
+
+    def denoise(x, t):
+        raise Seen(x.device.type)
+
+    for noise, kind in ((None, "cpu"), (torch.zeros(2, 3, device="meta"), "meta")):
+        with pytest.raises(Seen, match=kind):
+            Diffusion(10).sample(denoise, (2, 3), noise=noise)

@@ -846,6 +846,17 @@ def test_an_arm_without_classes_learns_the_null_class_alone():
     assert learned["plain"].sum() > 1
 
 
+def test_nothing_that_is_drawn_or_measured_of_an_arm_without_classes_sees_one(little_judge):
+    images = data.shapes(96, 96)[0]
+    recipe = recipe_of(DIFFUSION["unconditional-plain"], "cpu", [*DENOISER, "zero_init=false"])
+    net = experiments._diffusion_training(recipe, 0, images, cpu=True)[0].net.eval()
+    with torch.no_grad():
+        net.stem.label.weight[:-1] = torch.nan  # of all classes but the null class
+    assert experiments._draw(net, recipe, 0, 20).isfinite().all()
+    found = experiments._see_denoiser(net, recipe, 0, images, images)
+    assert all(torch.tensor(value).isfinite() for value in found.values())
+
+
 def test_held_out_images_are_not_trained_on():
     images = data.ImageSet(
         torch.arange(96).byte()[:, None, None, None].expand(96, 1, 8, 8), torch.arange(96) % 2,

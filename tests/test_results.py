@@ -397,12 +397,12 @@ def test_summary() -> None:
         summary([], "test.accuracy")
 
 
-def test_told_has_a_deviation_where_there_are_several() -> None:
+def test_spread_has_a_deviation_where_there_are_several() -> None:
     three = with_metric([1.0, 2.0, 6.0])
-    assert results.told(three, "test", "accuracy", "accuracy") == "3.000±2.646 3.000±2.646"
-    assert results.told(three[:1], "test", "accuracy", "accuracy") == "1.000       1.000"
+    assert results.spread(three, "test", "accuracy", "accuracy") == "3.000±2.646 3.000±2.646"
+    assert results.spread(three[:1], "test", "accuracy", "accuracy") == "1.000       1.000"
     with pytest.raises(ValueError, match="accuracy"):
-        results.told(three, "test", "acuracy")
+        results.spread(three, "test", "acuracy")
 
 
 def test_paired_interval_of_five_is_the_sheet_s() -> None:

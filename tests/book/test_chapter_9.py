@@ -127,4 +127,4 @@ def test_few_records_are_enough_for_every_cell(
     assert "of the zero start: " not in told
     assert [name for name in names["less"]][:2] == ["30 epochs", "15 epochs"]
     assert re.search(r"^90 epochs +$", told, re.MULTILINE)  # nothing to compare yet
-    assert set(names["ahead"]) <= {"30 epochs", "15 epochs"}
+    assert names["ahead"] == ["30 epochs", "15 epochs"]
