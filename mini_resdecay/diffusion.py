@@ -156,8 +156,8 @@ class Diffusion:
         "ddpm" draws from `posterior`, "ddim" from `ddim` with `eta`. `y` [B] and `guidance`: see
         `guided`. `clip` keeps each predicted x0 in [-clip, clip]. The first state is `noise`, or
         drawn; a `generator` on the CPU gives the same numbers on every device. `device` is the
-        module's unless given, of a bare function that of `noise` or the CPU. `progress` shows a bar after five
-        seconds. A module that behaves otherwise in training must be in evaluation mode.
+        module's unless given, of a bare function that of `noise` or the CPU. `progress` shows a bar
+        after five seconds. A module that behaves otherwise in training must be in evaluation mode.
         Raises ValueError for bad settings, FloatingPointError for samples that are not finite.
         Differs from arXiv 2006.11239: x0 is clipped only where asked for.
         """
