@@ -576,7 +576,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         # Turn 0 is what the rule and the 2 x 2 compare. Trials of rates come before all that is
         # longer and takes the rate that won, but not first: seed 0 of an arm is its own trial at
         # the usual rate, at which all arms are compared anyway. A rate that wins gets more seeds.
-        # *rates-taps* is decay in other words: what their seeds scatter by is noise alone.
+        # *rates-taps* is decay in other words: where the two differ, it is by rounding.
         *(
             _masked("{}", a, 0, seeds=tuple(range(5 if a in (*RULED, "rates-taps") else 3)))
             for a in _FIRST

@@ -1055,8 +1055,9 @@ def begun(claim: Claim, runs: Runs) -> Claim:
             label = f"{what.label}, {len(there)} of {len(what.arms)} arms"
             what = replace(what, arms=there, label=label)
         told.append(what)
-    others = "the other arms of the correlation" * (tuple(told) != claim.compared)
-    needs = "; ".join(filter(None, (claim.needs, others)))
+    if tuple(told) == claim.compared:
+        return claim
+    needs = "; ".join(filter(None, (claim.needs, "the other arms of the correlation")))
     return replace(claim, compared=tuple(told), needs=needs)
 
 
