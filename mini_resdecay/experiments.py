@@ -1266,8 +1266,10 @@ def _denoise(
 
 def _draw(net: UViT, recipe: DiffusionRecipe, seed: int, n: int, guidance: float = 1.0) -> Tensor:
     """`n` samples, of each class in turn, from noise that all arms of a seed share."""
-    start = torch.Generator().manual_seed(20_000 + seed)
-    noise = torch.randn(max(n, recipe.samples), *net.stem.shape, generator=start)[:n].split(128)
+    noise = torch.randn(
+        max(n, recipe.samples), *net.stem.shape,
+        generator=torch.Generator().manual_seed(20_000 + seed),
+    )[:n].split(128)  # fmt: skip
     y = (torch.arange(n) % net.stem.classes).split(128)
     return torch.cat([
         _process(recipe).sample(
@@ -1305,8 +1307,8 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
         )
     judge.load_state_dict(weights, assign=True)
-    real = _few(test, 5 * recipe.samples)
-    return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
+    real = to_float(_few(test, 5 * recipe.samples).images)
+    return judge, run.metrics["encoder"]["sha256"], _features(judge, real)
 
 
 def _features(judge: nn.Module, images: Tensor) -> Tensor:
@@ -1330,8 +1332,8 @@ def _see_denoiser(
             generator=torch.Generator().manual_seed(0),
         ).item()  # fmt: skip
     judge, _, real = _judge(recipe, test)
-    few = _features(judge, _draw(net, recipe, seed, recipe.samples // 10))
-    return found | {"fd_few": frechet_distance(few, real)}
+    few = _draw(net, recipe, seed, recipe.samples // 10)
+    return found | {"fd_few": frechet_distance(_features(judge, few), real)}
 
 
 def _diagnose_denoiser(
@@ -1339,18 +1341,22 @@ def _diagnose_denoiser(
 ) -> dict[str, Any]:
     """By noise level: features as in `_diagnose_masked`, of noisy images without their class.
 
-    The best block and level are those that a held-out tenth of the bank chooses.
+    The best block and level are those that a held-out tenth of the bank chooses. Beside them
+    neighbours by the pixels of the same noisy images, which keep their places.
     """
     bank, asked = _few(train, recipe.measured), _few(test, recipe.measured // 2)
     y, n, fixed = bank.labels, len(bank) // 10, torch.Generator().manual_seed(0)
+    noisy = {str(t): [_noisy(recipe, x.images, t, fixed) for x in (bank, asked)] for t in LEVELS}
     read = {
-        str(t): list(
-            zip(*(_inside(net, recipe, x.images, t, fixed) for x in (bank, asked)), strict=True)
-        )
-        for t in LEVELS
+        t: list(zip(*(_inside(net, x, int(t)) for x in pair), strict=True))
+        for t, pair in noisy.items()
     }
     found: dict[str, Any] = {
-        "rank_entropy": {t: [reuse.rank_entropy(b[:2048]) for _, b in read[t]] for t in read}
+        "rank_entropy": {t: [reuse.rank_entropy(b[:2048]) for _, b in read[t]] for t in read},
+        "pixels": {
+            t: _neighbours(a.flatten(1), y, b.flatten(1), asked.labels)
+            for t, (a, b) in noisy.items()
+        },
     }
     for name, score in (("knn", _neighbours), ("probe", reuse.probe_accuracy)):
         found[name] = {t: [score(a, y, b, asked.labels) for a, b in read[t]] for t in read}
@@ -1365,15 +1371,16 @@ def _diagnose_denoiser(
     return found | _see_denoiser(net, recipe, seed, train, test)
 
 
-def _inside(
-    net: UViT, recipe: DiffusionRecipe, images: Tensor, level: int, fixed: torch.Generator
-) -> list[Tensor]:
-    """Means over patches after the stem and each block, for images with noise of a level."""
+def _noisy(recipe: DiffusionRecipe, images: Tensor, level: int, fixed: torch.Generator) -> Tensor:
     x0, t = to_float(images), torch.full((len(images),), level)
-    noisy = _process(recipe).q_sample(x0, t, torch.randn(x0.shape, generator=fixed))
+    return _process(recipe).q_sample(x0, t, torch.randn(x0.shape, generator=fixed))
+
+
+def _inside(net: UViT, noisy: Tensor, level: int) -> list[Tensor]:
+    """Means over patches after the stem and each block, of images with noise of a level."""
     parts = [
         [x[:, net.stem.extra :].mean(1) for x in reuse.layer_features(net, *pair)[::2]]
-        for pair in zip(noisy.split(500), t.split(500), strict=True)
+        for pair in ((x, torch.full((len(x),), level)) for x in noisy.split(500))
     ]
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
@@ -1385,12 +1392,13 @@ def _judged(
 
     The floor is that of as many train images, another that of half of them, on which the judge
     was trained; `fd_floor_test` is that of one half of the test images to the other. Each FD has
-    a name with the number of images that it is of.
+    a name with the number of images that it is of. `far` is the median distance in pixels of 500
+    samples to their nearest training images, `far_test` that of test images.
     """
     judge, digest, real = _judge(recipe, test)
     n, read = recipe.samples, partial(_features, judge)
-    made = _draw(net, recipe, seed, n)
-    features, floor = read(made), read(to_float(train.images[: len(train) // 2]))
+    made, seen = _draw(net, recipe, seed, n), to_float(train.images)
+    features, floor = read(made), read(seen[: len(seen) // 2])
     noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
     clouds = {
         "fd": (features, real), "fd_floor": (floor[:n], real), "fd_floor_half": (floor, real),
@@ -1402,18 +1410,22 @@ def _judged(
         "judge": digest,
         **{name: frechet_distance(*pair) for name, pair in clouds.items()},
         **overlap(real[:n], features)._asdict(),
+        **{
+            name: torch.cdist(x[:500].flatten(1), seen.flatten(1)).min(1).values.median().item()
+            for name, x in (("far", made), ("far_test", to_float(test.images[:500])))
+        },
     }
     if recipe.labelled:
         y = torch.arange(recipe.guided) % net.stem.classes
-        seen = [
+        guided = [
             features[: len(y)] if w == 1 else read(_draw(net, recipe, seed, len(y), w))
             for w in recipe.guidances
         ]
         found["guidance"] = {
             "scale": list(recipe.guidances),
             "fd_name": f"FD_judge-{recipe.data}@{recipe.guided}",
-            "fd": [frechet_distance(cloud, real) for cloud in seen],
-            "agreement": [_share_right(judge.head(cloud), y) for cloud in seen],
+            "fd": [frechet_distance(cloud, real) for cloud in guided],
+            "agreement": [_share_right(judge.head(cloud), y) for cloud in guided],
         }
     return found, {"samples": ((made[:64] + 1) * 127.5).round().byte()}
 

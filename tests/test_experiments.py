@@ -9,7 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.spatial
 import torch
 
 from mini_resdecay import data, experiments, figures, results, train, vit
@@ -877,8 +879,8 @@ def test_block_and_level_are_chosen_without_test_images(little_judge, monkeypatc
     recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, *ROUGH])
     bank = train.subset(80, 1)
 
-    def inside(net, recipe, images, level, fixed):
-        of_bank = len(images) == 80
+    def inside(net, noisy, level):
+        of_bank = len(noisy) == 80
         labels = (bank if of_bank else test.subset(40, 1)).labels
         informed, noise = (300, 2) if of_bank else (100, 1), torch.Generator().manual_seed(level)
         told = [torch.randn(len(labels), 8, generator=noise) for _ in range(4)]
@@ -891,6 +893,37 @@ def test_block_and_level_are_chosen_without_test_images(little_judge, monkeypatc
     for name in ("knn", "probe"):
         assert found[f"{name}_place"] == {"t": 300, "block": 2}
         assert found[f"{name}_best"] == found[name]["300"][2]
+
+
+def test_the_floor_of_pixels_is_that_of_noisy_images(little_judge):
+    """With images that are their class, it falls with the noise that is put on them."""
+    train, test = (experiments.load("fashion-mnist", split, None) for split in ("train", "test"))
+    recipe = recipe_of(DIFFUSION["plain"], "cpu", [*DENOISER, *ROUGH])
+    net = UViT(32, 8, 16, 2, 2, classes=len(train.classes))
+
+    def told(images):
+        grey = (118 + 20 * torch.nn.functional.one_hot(images.labels, 4)).byte()
+        strips = grey.repeat_interleave(8, 1)[:, None, None].expand(-1, 3, 32, 32)
+        return dataclasses.replace(images, images=strips)
+
+    found = experiments._diagnose_denoiser(net, recipe, 0, told(train), told(test))["pixels"]
+    assert found["50"] == found["100"] == 1.0 > found["600"]
+
+
+def test_copies_lie_on_training_images(little_judge, monkeypatch):
+    train, test = (experiments.load("fashion-mnist", split, None) for split in ("train", "test"))
+    recipe = recipe_of(DIFFUSION["unconditional-plain"], "cpu", [*DENOISER, *ROUGH])
+    seen, held = (data.to_float(part.images).flatten(1).numpy() for part in (train, test))
+    nearest = scipy.spatial.distance.cdist(held, seen).min(1)
+    far = {}
+    for name, images in (("copies", seen), ("fresh", held), ("zero", 0 * held)):
+        made = torch.from_numpy(images).reshape(-1, 3, 32, 32)
+        monkeypatch.setattr(experiments, "_draw", lambda *rest, made=made: made)
+        far[name] = experiments._judged(None, recipe, 0, train, test)[0]
+    assert far["copies"]["far"] == pytest.approx(0, abs=0.05) and far["zero"]["far"] > 1
+    assert far["fresh"]["far"] == far["fresh"]["far_test"] == far["copies"]["far_test"]
+    # Of an even number of distances torch takes the lower of the two in the middle.
+    assert far["fresh"]["far"] == pytest.approx(np.quantile(nearest, 0.5, method="lower"), 1e-3)
 
 
 def denoising_losses(recipe, images, change=lambda net: None):
@@ -1011,7 +1044,9 @@ def test_features_inside_a_denoiser_are_of_its_patches_alone():
 
     def stem():
         fixed = torch.Generator().manual_seed(0)
-        return experiments._inside(net, DiffusionRecipe(), images, 100, fixed)
+        return experiments._inside(
+            net, experiments._noisy(DiffusionRecipe(), images, 100, fixed), 100
+        )
 
     before = stem()
     assert [x.shape for x in before] == 4 * [(30, 16)]  # the stem and three blocks
@@ -1081,6 +1116,8 @@ def test_denoiser_is_recorded_with_its_samples(little_judge, arm, monkeypatch, c
         place = after[f"{name}_place"]
         assert place["block"] in (1, 2, 3)
         assert after[f"{name}_best"] == after[name][str(place["t"])][place["block"]]
+    assert list(after["pixels"]) == ["50", "100", "300", "600"]
+    assert after["pixels"] == before["pixels"]  # a floor: no net has a part in it
     assert run.metrics["over_time"]["step"] == [5, 10, 20, 40]
     assert run.metrics["over_time"]["held_loss"][-1] == pytest.approx(after["held_loss"], rel=0.05)
     assert run.metrics["over_time"]["fd_few"][-1] == pytest.approx(after["fd_few"], rel=0.2)
