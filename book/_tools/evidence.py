@@ -253,6 +253,12 @@ READERS = (
 TUNED_WORSE = ("accuracy after fine-tuning", "trained.fine_tuned", -1)
 LOSS = ("masked loss", "trained.loss", -1)
 FD = ("FD", "trained.fd", -1)
+# Behind the first and the last of five blocks.
+BY_BLOCK = (
+    ("kNN, block 1", "trained.knn.100.1", 1),
+    ("kNN, block 5", "trained.knn.100.5", 1),
+    ("probe, block 5", "trained.probe.100.5", 1),
+)
 INSIDE = (("kNN inside", "trained.knn_best", 1), ("probe inside", "trained.probe_best", 1))
 # Behind the middle of five blocks, at the noise of t = 100.
 RANK_INSIDE = ("rank entropy inside", "trained.rank_entropy.100.3", -1)
@@ -715,7 +721,7 @@ DECAYED = (
                         FD,
                     )
                 ),
-                *rows(MADE, "decay", ("plain",), *SEEN_MADE, beside=True),
+                *rows(MADE, "decay", ("plain",), *SEEN_MADE, *BY_BLOCK, beside=True),
                 *(
                     row
                     for arm in BESIDE_MADE
@@ -724,7 +730,9 @@ DECAYED = (
                         arm,
                         ("plain",),
                         FD,
+                        *INSIDE,
                         RANK_INSIDE,
+                        *(BY_BLOCK if arm in ("no-skips", "rates") else ()),
                         beside=True,
                     )
                 ),
@@ -1047,7 +1055,10 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def begun(claim: Claim, runs: Runs) -> Claim:
-    """With its correlations over the arms that have two seeds, where these are six or more."""
+    """With its correlations over the arms that have two seeds, where these are six or more.
+
+    A claim about samples also with what their features and distances are to be held against.
+    """
     told = []
     for what in claim.compared:
         there = tuple(a for a in what.arms if len(runs.get((what.study, a), {})) > 1)
@@ -1055,10 +1066,37 @@ def begun(claim: Claim, runs: Runs) -> Claim:
             label = f"{what.label}, {len(there)} of {len(what.arms)} arms"
             what = replace(what, arms=there, label=label)
         told.append(what)
+    if any(what.study == "diffusion" for what in claim.compared):
+        claim = replace(claim, note=f"{claim.note} {floors(runs)}".strip())
     if tuple(told) == claim.compared:
         return claim
     needs = "; ".join(filter(None, (claim.needs, "the other arms of the correlation")))
     return replace(claim, compared=tuple(told), needs=needs)
+
+
+def floors(runs: Runs) -> str:
+    """By data set: neighbours by noisy pixels, and how far samples are from training images.
+
+    Runs from before these were measured are left out.
+    """
+    sets: dict[str, dict[str, list[Run]]] = {}
+    for (study, arm), one in runs.items():
+        for run in one.values():
+            if study == "diffusion" and "far" in run.metrics["trained"]:
+                sets.setdefault(run.data["name"], {}).setdefault(arm, []).append(run)
+    told = []
+    for name, arms in sets.items():
+        first = next(iter(arms.values()))[0].metrics["trained"]
+        pixels = ", ".join(f"{v:.3f} at t = {t}" for t, v in first["pixels"].items())
+        far = ", ".join(
+            f"`{arm}` {results.summary(mine, 'trained.far')[0]:.2f}" for arm, mine in arms.items()
+        )
+        told.append(
+            f"Neighbours by the pixels of the same noisy images, {name}: {pixels}. Distance in "
+            f"pixels to the nearest training image, median: test images {first['far_test']:.2f}; "
+            f"samples of {far}."
+        )
+    return " ".join(told)
 
 
 def planned(what: Comparison | Link) -> int:

@@ -147,6 +147,27 @@ def test_all_of_the_diffusion_study_waits_for_the_judge_to_find_its_classes() ->
     assert len(unknown.pairs(runs | plain)) == 3
 
 
+def test_samples_stand_beside_pixels_and_beside_unseen_images() -> None:
+    claim = next(one for one in evidence.CLAIMS if one.number == "B11")
+    old = {("diffusion", "plain"): made_runs("plain", 2.0, [0.7] * 3)}
+    assert evidence.begun(claim, old) == claim  # runs from before it was measured
+    runs = dict(old)
+    for arm, far in {"scaled-sum": (8.0, 9.0), "alpha-0.5": (7.25,)}.items():
+        measured = {"pixels": {"50": 0.8071, "100": 0.785}, "far_test": 7.0}
+        runs["diffusion", arm] = {
+            seed: replace(
+                run, metrics={"trained": run.metrics["trained"] | measured | {"far": far[seed]}}
+            )
+            for seed, run in made_runs(arm, 2.0, [0.7] * len(far)).items()
+        }
+    told = evidence.begun(claim, runs).note.removeprefix(claim.note)
+    assert told == (
+        " Neighbours by the pixels of the same noisy images, cifar10: 0.807 at t = 50, 0.785 at "
+        "t = 100. Distance in pixels to the nearest training image, median: test images 7.00; "
+        "samples of `scaled-sum` 8.50, `alpha-0.5` 7.25."
+    )
+
+
 def test_what_is_not_planned_is_neither_counted_nor_left(tmp_path: Path) -> None:
     results.write(replace(a_run("fashion-mnist", 0, 0.5), study="judge"), tmp_path)
     tail = evidence.page(tmp_path).partition("## The recorded studies")[2]
