@@ -1017,6 +1017,20 @@ EXACT = (
         11,
         "Decay as a plain net: branches that grow, taps that are louder",
     ),
+    Exact(
+        "E12",
+        "Few steps make samples too pale, whatever the net",
+        "On Gaussian pixels the best denoiser is known, its loss is above 0, and a sampler of few "
+        "steps gives their deviation as too small. So neither loss nor samples of two schedules, "
+        "targets or numbers of steps can be compared without these floors.",
+        "B11",
+        (
+            "tests/test_diffusion.py::test_D15_loss_of_the_best_denoiser",
+            "tests/test_diffusion.py::test_D15_ddim_of_a_gaussian_known_answers",
+        ),
+        10,
+        "What few steps cost, exactly",
+    ),
 )
 CLAIMS = (*RESIDUAL_DROPPATH, *DECAYED)
 
