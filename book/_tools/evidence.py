@@ -732,11 +732,12 @@ DECAYED = (
                         FD,
                         *INSIDE,
                         RANK_INSIDE,
-                        *(BY_BLOCK if arm in ("no-skips", "rates") else ()),
+                        *(BY_BLOCK if arm in ("no-skips", "rates", "scaled-sum") else ()),
                         beside=True,
                     )
                 ),
                 *rows(MADE, "decay", ("rates",), FD, beside=True),
+                *rows(MADE, "decay", ("scaled-sum",), FD, *INSIDE, *BY_BLOCK, beside=True),
                 *rows(OTHERS_MADE, "decay", ("plain",), *SEEN_MADE, beside=True),
             )
         ),
