@@ -102,7 +102,10 @@ def test_every_record_of_the_decay_study_would_have_its_number(
     assert len(re.findall("fine-tuned from .* 0.777±0.000 0.777±0.000", trials)) == 3
     assert len(re.findall(r"^.* [+-]\d\.\d{3} \(\d\) [+-]", trials, re.MULTILINE)) == 8
     assert "of the zero start: " in trials
-    assert "15 epochs, decay-xavier less skips-only-xavier" in trials
+    verdicts = trials.partition("15 epochs, seeds: 5")[2].partition("seeds: ")[0]
+    assert re.search(r"^decay-xavier +skips-only-xavier +3 [+-]", verdicts, re.MULTILINE)
+    assert re.search(r"^decay +rates-taps +5 [+-]", verdicts, re.MULTILINE)
+    assert re.search(r"^skips-only +standard +5 [+-]", verdicts, re.MULTILINE)
     # All nine bars, every seed of each, and the sweep from end to end.
     assert names["ours"].count(0).tolist() == [5, 3, 3, 3, 5, 3, 3, 3, 3]
     assert len(names["there"]) == 8
