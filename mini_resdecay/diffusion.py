@@ -11,6 +11,7 @@ product with them has the type of the images.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,11 +50,14 @@ class Diffusion:
 
     `betas` [steps] and `alpha_bars` [steps], the a_t above, are float64. `target` is what a model
     predicts: "eps", the noise, or "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
-    Raises ValueError for steps < 1 and unknown names.
+    Raises ValueError for steps that are not whole or < 1, and unknown names.
     """
 
     def __init__(self, steps: int = 1000, schedule: str = "linear", target: str = "eps") -> None:
-        require("steps", steps, steps >= 1, "be at least 1")
+        require(
+            "steps", steps, isinstance(steps, SupportsIndex) and steps >= 1,
+            "be a whole number, at least 1",
+        )  # fmt: skip
         self.steps, self.target = steps, known("target", target, ("eps", "v"))
         self.betas = SCHEDULES[known("schedule", schedule, SCHEDULES)](steps)
         self.alpha_bars = (1 - self.betas).cumprod(0)
@@ -84,7 +88,8 @@ class Diffusion:
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Pair:
         """Mean, and variance in float64 [B, 1, ...], of x_s given x_t and x0, for s < t.
 
-        s is t - 1 unless given. Source: arXiv 2006.11239, Eqs. 6 and 7.
+        s is t - 1 unless given; that a given one is below t is trusted.
+        Source: arXiv 2006.11239, Eqs. 6 and 7.
         """
         before, now = self._bars(t - 1 if s is None else s, x_t), self._bars(t, x_t)
         beta = 1 - now / before
@@ -97,7 +102,8 @@ class Diffusion:
         """Mean, and variance in float64 [B, 1, ...], of x_s for an x_t of these two parts.
 
         eta = 0 is the deterministic step, which also runs backwards (s > t); eta = 1 is
-        `posterior`. Source: arXiv 2010.02502, Eqs. 12 and 16.
+        `posterior`. That eta lies in [0, 1], and is 0 where s > t, is trusted: `sample` checks it.
+        Source: arXiv 2010.02502, Eqs. 12 and 16.
         """
         before, now = self._bars(s, x0), self._bars(t, x0)
         # Of a clean image 1 - now is 0.
@@ -119,19 +125,19 @@ class Diffusion:
 
         Times (uniform) and noise are drawn unless given. Labels `y` [B] become -1, no class, with
         probability `drop_label`: guidance needs a model that knows both.
-        Raises ValueError for images that are no floats, times out of range, and drop_label
-        outside [0, 1].
+        Raises ValueError for images that are no floats, times out of range, noise or predictions
+        of another shape, and drop_label outside [0, 1].
         """
         require("drop_label", drop_label, 0 <= drop_label <= 1, "lie in [0, 1]")
         place = generator.device if generator else "cpu"
         if t is None:
             t = torch.randint(self.steps, x0.shape[:1], generator=generator, device=place)
-        if noise is None:
-            noise = _normal(x0.shape, x0, generator)
+        noise = _normal(x0.shape, x0, generator, noise)
         if y is not None:
             dropped = torch.rand(y.shape, generator=generator, device=place) < drop_label
             y = torch.where(dropped.to(y.device), -1, y)
         x_t = self.q_sample(x0, t, noise)
+        require("t", -1, (t >= 0).all(), f"be in 0…{self.steps - 1}")
         wanted = noise if self.target == "eps" else self.velocity(x0, t, noise)
         return F.mse_loss(guided(model, x_t, t.to(x0.device), y).to(wanted.dtype), wanted)
 
@@ -154,23 +160,28 @@ class Diffusion:
         """Images of a shape [B, ...] from noise, in `steps` evenly spaced times (all unless given).
 
         "ddpm" draws from `posterior`, "ddim" from `ddim` with `eta`. `y` [B] and `guidance`: see
-        `guided`. `clip` keeps each predicted x0 in [-clip, clip]. The first state is `noise`, or
-        drawn; a `generator` on the CPU gives the same numbers on every device. `device` is the
-        module's unless given, of a bare function that of `noise` or the CPU. `progress` shows a bar
-        after five seconds. A module that behaves otherwise in training must be in evaluation mode.
+        `guided`. `clip` keeps each predicted x0 in [-clip, clip], and the noise is recomputed from
+        it (diffusers: `use_clipped_model_output=True`, not its default). The first state is
+        `noise`, or drawn; a `generator` on the CPU gives the same numbers on every device. `device`
+        is the module's unless given, of a bare function that of `noise` or the CPU. `progress`
+        shows a bar after five seconds. A module that behaves otherwise in training must be in
+        evaluation mode.
         Raises ValueError for bad settings, FloatingPointError for samples that are not finite.
         Differs from arXiv 2006.11239: x0 is clipped only where asked for.
         """
         known("sampler", sampler, ("ddpm", "ddim"))
         steps = self.steps if steps is None else steps
-        require("steps", steps, 1 <= steps <= self.steps, f"be in 1…{self.steps}")
+        require(
+            "steps", steps, isinstance(steps, SupportsIndex) and 1 <= steps <= self.steps,
+            f"be a whole number in 1…{self.steps}",
+        )  # fmt: skip
         ddim = sampler == "ddim"
         require("eta", eta, 0 <= eta <= int(ddim), 'lie in [0, 1], and be 0 for "ddpm"')
-        if noise is not None and noise.shape != tuple(shape):
-            raise ValueError(f"noise must have the shape {list(shape)}, got {list(noise.shape)}")
+        require("clip", clip, clip is None or clip > 0, "be above 0")
         at = next(iter(model.parameters()), noise) if isinstance(model, nn.Module) else noise
         device = device or ("cpu" if at is None else at.device)
-        x = _normal(shape, torch.empty(0, device=device), generator) if noise is None else noise
+        x = _normal(shape, torch.empty(0, device=device), generator, noise)
+        require("noise", "NaN or infinity", x.isfinite().all(), "be finite")
         x, y = x.to(device), None if y is None else y.to(device)
         times = [-1, *(k * self.steps // steps for k in range(steps))]
         for k in tqdm(range(steps, 0, -1), desc=sampler, disable=not progress, delay=5):
@@ -207,18 +218,34 @@ def guided(
     """The model's prediction, moved away from that without class: u + guidance (c - u).
 
     guidance = 1 is the prediction for class `y` itself; any other needs two, made in one call.
-    Raises ValueError for guidance without `y`. Source: arXiv 2207.12598, whose w is guidance - 1.
+    Raises ValueError for guidance without `y` or not finite, and predictions of another shape.
+    Source: arXiv 2207.12598, whose w is guidance - 1.
     """
-    if guidance == 1:
-        return model(x_t, t) if y is None else model(x_t, t, y)
-    if y is None:
-        raise ValueError(f"guidance must be 1 without labels y, got {guidance}")
-    labels = torch.cat([y, torch.full_like(y, -1)])
-    with_class, without = model(x_t.repeat(2, *[1] * (x_t.dim() - 1)), t.repeat(2), labels).chunk(2)
-    return without + guidance * (with_class - without)
+    require("guidance", guidance, math.isfinite(guidance), "be finite")
+    if guidance != 1:
+        if y is None:
+            raise ValueError(f"guidance must be 1 without labels y, got {guidance}")
+        labels = torch.cat([y, torch.full_like(y, -1)])
+        twice = x_t.repeat(2, *[1] * (x_t.dim() - 1))
+        with_class, without = guided(model, twice, t.repeat(2), labels).chunk(2)
+        return without + guidance * (with_class - without)
+    found = model(x_t, t) if y is None else model(x_t, t, y)
+    require(
+        "model", list(found.shape), found.shape == x_t.shape,
+        f"return the shape of x_t, {list(x_t.shape)}",
+    )  # fmt: skip
+    return found
 
 
-def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
+def _normal(
+    shape: Sequence[int], like: Tensor, generator: Generator | None, given: Tensor | None = None
+) -> Tensor:
+    if given is not None:
+        require(
+            "noise", list(given.shape), given.shape == tuple(shape),
+            f"have the shape {list(shape)}",
+        )  # fmt: skip
+        return given
     # In float32 where the generator is: the same numbers for every type and device.
     place = generator.device if generator else like.device
     return torch.randn(*shape, generator=generator, device=place, dtype=torch.float32).to(like)

@@ -91,14 +91,15 @@ def knn_accuracy(
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
     for x, y in ((train_x, train_y), (test_x, test_y)):
-        fits = x.dim() == 2 and x.shape[1:] == train_x.shape[1:]
-        if not fits or y.shape != x.shape[:1] or not len(x):
-            got = f"{list(x.shape)} and {list(y.shape)}"
-            raise ValueError(f"features and labels must be [n, d] and [n], got {got}")
+        fits = x.dim() == 2 and x.shape[1:] == train_x.shape[1:] and y.shape == x.shape[:1]
+        got = f"{list(x.shape)} and {list(y.shape)}"
+        require("features and labels", got, fits and len(x), "be [n, d] and [n]")
         finite = torch.stack(x.aminmax()).isfinite().all()  # much faster than all of x
         require("features", "NaN or infinity", finite, "be finite")
-        if y.dtype != torch.int64 or y.min() < 0:
-            raise ValueError(f"labels must be int64 from 0 on, got {y.dtype}, least {y.min()}")
+        require(
+            "labels", f"{y.dtype}, least {y.min()}", y.dtype == torch.int64 and y.min() >= 0,
+            "be int64 from 0 on",
+        )  # fmt: skip
 
 
 # ---- A linear probe --------------------------------------------------------------------------
@@ -136,8 +137,10 @@ def linear_probe(
     Differs from the probe of arXiv 2404.10947: standardised, no augmentation, a grid for all.
     """
     train, test = (x if isinstance(x, Mapping) else {"": x} for x in (train_x, test_x))
-    if train.keys() != test.keys() or not train:
-        raise ValueError(f"test_x must have the sources {list(train)}, got {list(test)}")
+    require(
+        "test_x", list(test), train and train.keys() == test.keys(),
+        f"have the sources {list(train)}",
+    )  # fmt: skip
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
     grid = [(lr, wd) for lr in lrs for wd in weight_decays]
@@ -250,8 +253,11 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     count = 0
     origin = total = products = torch.zeros(())
     for x in batches:
-        if x.dim() != 2 or not len(x) or x.shape[1:] != (total.shape or x.shape[1:]):
-            raise ValueError(f"features must be [n, d] of one width, got {list(x.shape)}")
+        require(
+            "features", list(x.shape),
+            x.dim() == 2 and len(x) and x.shape[1:] == (total.shape or x.shape[1:]),
+            "be [n, d] of one width",
+        )  # fmt: skip
         if not count:
             origin = x.double().mean(0)
             total, products = torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))
@@ -272,29 +278,36 @@ def frechet_distance(a: Cloud, b: Cloud) -> float:
     Each is features `[n, d]`, or their mean [d] and covariance [d, d] (with n - 1). In float64.
     It falls as n grows: compare at one n, beside the distance of two real sets of that size.
     Name it after the net that made the features; it is FID for one Inception net alone.
-    Raises ValueError for other shapes, n < 2, or values that are not finite.
+    Raises ValueError for what are no tensors, other shapes, n < 2, values that are not finite, or
+    a covariance with a negative eigenvalue.
     """
-    (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a), _mean_and_root(b)
+    (mean_a, root_a), (mean_b, root_b) = _mean_and_root("a", a), _mean_and_root("b", b)
     require("b", len(mean_b), mean_a.shape == mean_b.shape, f"have the width of a, {len(mean_a)}")
     # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
     cross = torch.linalg.svdvals(root_a @ root_b).sum()
     spread = root_a.square().sum() + root_b.square().sum()
-    return ((mean_a - mean_b).square().sum() + spread - 2 * cross).item()
+    # Rounding may go below 0.
+    return ((mean_a - mean_b).square().sum() + spread - 2 * cross).clamp(min=0).item()
 
 
-def _mean_and_root(cloud: Cloud) -> tuple[Tensor, Tensor]:
+def _mean_and_root(name: str, cloud: Cloud) -> tuple[Tensor, Tensor]:
     """The mean and the root of the covariance; eigenvalues that rounding made negative are 0."""
-    if isinstance(cloud, Tensor):
-        cloud = moments([cloud])
-    mean, covariance = (part.double() for part in cloud)
+    pair = moments([cloud]) if isinstance(cloud, Tensor) else cloud
+    two = isinstance(pair, Sequence) and [isinstance(x, Tensor) for x in pair] == [True, True]
+    require(name, type(cloud).__name__, two, "be a tensor of features, or a pair of tensors")
+    mean, covariance = (part.double() for part in pair)
     fits = covariance.dim() == 2 and covariance.shape == 2 * mean.shape
     whole = fits and torch.stack([x.isfinite().all() for x in (mean, covariance)]).all()
-    if not whole or not torch.allclose(covariance, covariance.T):
-        raise ValueError(
-            "clouds must be finite features [n, d] with n >= 2, or mean [d], symmetric covariance "
-            f"[d, d], got mean {list(mean.shape)} and covariance {list(covariance.shape)}"
-        )
+    require(
+        name, f"mean {list(mean.shape)} and covariance {list(covariance.shape)}",
+        whole and torch.allclose(covariance, covariance.T),
+        "be finite features [n, d] with n >= 2, or mean [d], symmetric covariance [d, d]",
+    )  # fmt: skip
     values, vectors = torch.linalg.eigh(covariance)
+    require(
+        "covariance", f"{values[0]:.3g} in {name}", values[0] >= -1e-6 * values.abs().max(),
+        "have no negative eigenvalue",
+    )  # fmt: skip
     return mean, vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
@@ -303,8 +316,15 @@ def fid(inception: nn.Module, real: Iterable[Tensor], made: Iterable[Tensor]) ->
 
     What others call FID needs the Inception-v3 of the original release and 50 000 images of each
     set. For any other net write FD, its name and the number, as `frechet_distance` gives it.
-    `inception` maps the images to features [n, d], and its `num_features` is d.
+    `inception` maps the images to features [n, d], and its `num_features` is d. The original is in
+    the package torch-fidelity: `torchmetrics.image.fid.NoTrainInceptionV3("inception-v3-compat",
+    ["2048"])` wraps it, takes uint8 images, and is to be given `num_features = 2048`.
+    Raises ValueError for a net without `num_features`.
     """
+    require(
+        "inception", type(inception).__name__, hasattr(inception, "num_features"),
+        "have num_features, the width of its features",
+    )  # fmt: skip
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=inception)
@@ -332,14 +352,17 @@ def overlap(real: Tensor, made: Tensor, k: int = 5) -> Overlap:
     ones. density counts the real balls around a made point, over k; coverage is the share of real
     balls with a made point: an outlier with its large ball raises them less. All grow or fall
     with n, m and k: compare at equal ones.
-    In float64; memory for m x n distances, twice.
+    Memory: for n x n, m x m and m x n distances in float64.
     Raises ValueError for shapes that do not fit, values that are not finite, k outside 1…n - 1.
     Source: arXiv 1904.06991 (precision, recall), arXiv 2002.09797 (density, coverage).
     """
     radii = []
     for name, x in (("real", real), ("made", made)):
-        if x.dim() != 2 or x.shape[1:] != real.shape[1:] or not x.isfinite().all():
-            raise ValueError(f"{name} must be finite features [n, d], got {list(x.shape)}")
+        require(
+            name, list(x.shape),
+            x.dim() == 2 and x.shape[1:] == real.shape[1:] and x.isfinite().all(),
+            "be finite features [n, d]",
+        )  # fmt: skip
         require("k", k, 1 <= k < len(x), f"be in 1…{len(x) - 1}, the other rows of {name}")
         # The nearest of all is the row itself.
         radii.append(torch.cdist(x.double(), x.double()).kthvalue(k + 1).values)

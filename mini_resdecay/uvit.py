@@ -35,10 +35,10 @@ class Tokens(nn.Module):
         self, image_size: int, patch_size: int, dim: int, channels: int, classes: int | None
     ) -> None:
         super().__init__()
-        if not 1 <= patch_size <= image_size or image_size % patch_size:
-            raise ValueError(f"patch_size must divide image_size {image_size}, got {patch_size}")
-        for name, size in {"dim": dim, "channels": channels}.items():
-            require(name, size, size >= 1, "be at least 1")
+        divides = 1 <= patch_size <= image_size and image_size % patch_size == 0
+        require("patch_size", patch_size, divides, f"divide image_size {image_size}")
+        require("dim", dim, dim >= 2 and dim % 2 == 0, "be even and at least 2")
+        require("channels", channels, channels >= 1, "be at least 1")
         require("classes", classes, classes is None or classes >= 1, "be None or at least 1")
         self.shape, self.patch_size = (channels, image_size, image_size), patch_size
         self.classes, self.extra = classes or 0, 1 + bool(classes)
@@ -50,6 +50,7 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         expected = ", ".join(map(str, self.shape))
         require("x", tuple(x.shape), x.shape[1:] == self.shape, f"be [B, {expected}]")
+        require("x", x.dtype, x.is_floating_point(), "be floats (data.to_float)")
         require("t", list(t.shape), t.shape == x.shape[:1], f"be [B] = [{len(x)}]")
         time = time_embedding(t, self.positions.shape[1]).to(self.positions.dtype)
         tokens = [time[:, None], self.embed(patchify(x, self.patch_size))]
@@ -78,8 +79,8 @@ class UViT(nn.Module):
     `alpha_min` < 1 makes the shortcut decay over all 2 * (depth + 1) sub-layers, along the schedule
     `kind`. `zero_init` starts branches and head at zero. `stem` (see `Tokens`) and `blocks` are
     what `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
-    Raises ValueError for sizes that do not divide, an odd depth, and a shortcut that cannot use
-    `alpha_min`.
+    Raises ValueError for sizes that do not divide, an odd depth or dim, and a shortcut that cannot
+    use `alpha_min`.
     Differs from the source: Xavier-uniform weights, and eps 1e-6 where that has 1e-5, which damps
     the last layers of a small decayed net.
     """

@@ -377,7 +377,7 @@ def test_D17_known_answers():
 @settings(max_examples=20)
 def test_D17_equal_clouds_are_at_no_distance(n, dim, seed):
     x = clouds(n, seed, dim)[0]
-    assert abs(frechet_distance(x, x)) < 1e-8
+    assert 0 <= frechet_distance(x, x) < 1e-8
     assert frechet_distance(x, x + 2) == pytest.approx(4 * dim, rel=1e-5)
 
 
@@ -400,6 +400,10 @@ def test_D17_features_and_their_moments_give_what_scipy_gives():
         ((torch.zeros(3), torch.eye(2)), r"got mean \[3\] and covariance \[2, 2\]"),
         ((torch.full((2,), math.nan), torch.eye(2)), "must be finite"),
         ((torch.zeros(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]])), "symmetric covariance"),
+        ((torch.zeros(2), -torch.eye(2)), "covariance must have no negative eig.*got -1 in b"),
+        (normal([0, 0], [[1, 5], [5, 1]]), "covariance must have no negative eig.*got -4 in b"),
+        (np.ones((9, 2)), "b must be a tensor of features, or a pair of tensors, got ndarray"),
+        ((np.zeros(2), np.eye(2)), "b must be a tensor of features, or a pair of .* got tuple"),
         (torch.randn(5, 3), "b must have the width of a, 2, got 3"),
     ],
 )
@@ -482,6 +486,11 @@ def test_D17_distance_is_that_of_torchmetrics():
     by_hand.update(real.view(-1, 3, 2, 2), real=True)
     by_hand.update(made.view(-1, 3, 2, 2), real=False)
     assert found == pytest.approx(by_hand.compute().item(), rel=1e-6)
+
+
+def test_a_net_of_unknown_width_is_named():
+    with pytest.raises(ValueError, match="inception must have num_features.*got Flatten"):
+        fid(nn.Flatten(), [], [])
 
 
 # --- overlap of two clouds ----------------------------------------------------------------------

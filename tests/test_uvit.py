@@ -308,7 +308,8 @@ def test_a_copy_computes_the_same():
         ({"depth": 3}, "depth must be even and at least 2, got 3"),
         ({"depth": 0}, "depth must be even and at least 2, got 0"),
         ({"heads": 3}, "heads must divide dim 16, got 3"),
-        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 0}, "dim must be even and at least 2, got 0"),
+        ({"dim": 15, "heads": 3}, "dim must be even and at least 2, got 15"),
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"eps": -1.0}, "eps must be 0 or more and finite, got -1.0"),
         ({"classes": 0}, "classes must be None or at least 1, got 0"),
@@ -326,6 +327,7 @@ def test_bad_sizes_are_named(changes, message):
     ("changes", "message"),
     [
         ({"x": torch.zeros(3, 3, 9, 9)}, r"x must be \[B, 3, 8, 8\], got \(3, 3, 9, 9\)"),
+        ({"x": torch.zeros(3, 3, 8, 8).byte()}, r"x must be floats \(data.to_float\), got"),
         ({"t": torch.tensor(3)}, r"t must be \[B\] = \[3\], got \[\]"),
         ({"t": torch.tensor([3])}, r"t must be \[B\] = \[3\], got \[1\]"),
         ({"y": torch.tensor([0, 1])}, r"y must be int64 \[3\] in 0…4, or -1 for no class.*\[2\]"),
@@ -344,4 +346,4 @@ def test_classes_of_a_net_without_and_an_odd_width_are_named():
     with pytest.raises(ValueError, match="y must be None for a net without classes"):
         small()(*inputs())
     with pytest.raises(ValueError, match="dim must be even, got 15"):
-        small(dim=15, heads=3)(*inputs()[:2])
+        time_embedding(torch.tensor([3]), 15)
