@@ -137,7 +137,7 @@ class Diffusion:
             dropped = torch.rand(y.shape, generator=generator, device=place) < drop_label
             y = torch.where(dropped.to(y.device), -1, y)
         x_t = self.q_sample(x0, t, noise)
-        require("t", -1, (t >= 0).all(), f"be in 0…{self.steps - 1}")
+        require("t", t[:8].tolist(), (t >= 0).all(), f"be in 0…{self.steps - 1}")
         wanted = noise if self.target == "eps" else self.velocity(x0, t, noise)
         return F.mse_loss(guided(model, x_t, t.to(x0.device), y).to(wanted.dtype), wanted)
 
