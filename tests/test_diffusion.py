@@ -636,7 +636,7 @@ def test_bad_input_of_the_sampler_is_named(changes, message):
         ({"x0": torch.zeros(2, 1, 3, 3).byte()}, r"images must be floats \(data.to_float\).*uint8"),
         ({"t": every(0, 20)}, r"t must be in 0…19, got \[0, 20\]"),
         ({"t": every(0, -2)}, r"t must be in 0…19, got \[0, -2\]"),
-        ({"t": every(0, -1)}, "t must be in 0…19, got -1"),
+        ({"t": every(0, -1)}, "t must be in 0…19"),
         ({"noise": torch.zeros(2, 1, 1, 1)}, r"noise must have the shape \[2, 1, 3, 3\], got"),
         ({"model": lambda x, t: x[:1]}, r"model must return the shape of x_t.*got \[1, 1, 3, 3\]"),
         ({"t": every(0)}, r"t must be int64 \[B\] = \[2\], got torch.int64 \[1\]"),
