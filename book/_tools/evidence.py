@@ -738,6 +738,14 @@ DECAYED = (
                 ),
                 *rows(MADE, "decay", ("rates",), FD, beside=True),
                 *rows(MADE, "decay", ("scaled-sum",), FD, *INSIDE, *BY_BLOCK, beside=True),
+                *rows(MADE, "decay", ("alpha-0.5",), FD, beside=True),
+                *rows(
+                    (("`scaled-sum`", "diffusion", "{}"),),
+                    "scaled-sum",
+                    ("alpha-0.5",),
+                    FD,
+                    beside=True,
+                ),
                 *rows(OTHERS_MADE, "decay", ("plain",), *SEEN_MADE, beside=True),
             )
         ),
