@@ -288,8 +288,7 @@ def test_arms_are_compared_with_the_plain_of_their_kind(said: Said) -> None:
     told = [line.split(")")[0].split(maxsplit=1) for line in less_plain(text)]
     assert told.pop(2)[0] == "alpha-0.5"
     assert told[2:] == [
-        [f"{kind}-decay", f"{gap} ({gap.smallest_effect:.3f}"]
-        for kind in ("uncond.", "cifar10")
+        [f"{kind}-decay", f"{gap} ({gap.smallest_effect:.3f}"] for kind in ("uncond.", "cifar10")
     ]
     gap = results.paired_interval(HIGHER, LOWER)
     assert told[:2] == [
