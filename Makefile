@@ -45,7 +45,7 @@ evidence: $(STAMP) ## write the page of claims and verdicts from the recorded ru
 	$(BIN)/python book/_tools/evidence.py
 
 clean: ## remove what was built, the environment included
-	rm -rf _build book/vendor $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf _build build book/vendor $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The steps of `make test`, cheap ones first.
 lint: $(STAMP)

@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
     if whole != "study":
         _run_one(options, options.name, options.seed)
         return
-    left = experiments.queue(study, options.out, *_part(options.part))
+    left = experiments.queue(study, options.out, *_part(options.part), options.tier)
     for place, (experiment, seed) in enumerate(left, 1):
         print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
         _run_one(options, experiment.name, seed)

@@ -704,18 +704,22 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def queue(
-    study: str, out: str | Path, part: int = 1, parts: int = 1
+    study: str, out: str | Path, part: int = 1, parts: int = 1, tier: str = "t4"
 ) -> list[tuple[Experiment, int]]:
     """What of a study is not recorded in `out` yet, by turns and seeds: what decides comes first.
 
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
-    Raises ValueError for an unknown study, and if a judge that a run needs is not there.
+    Raises ValueError for an unknown study, if `out` holds runs of it of another tier, and if a
+    judge that a run needs is not there.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
     runs = sorted(
         ((one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds),
         key=lambda run: (run[0].turn, run[1]),
     )
+    for path in (_record(*run, out) for run in runs):
+        there = results.read(path).recipe.get("tier", tier) if path.exists() else tier
+        require("tier", tier, there == tier, f"be {there}, that of {path}: one study, one tier")
     left = [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
     recipes = {one.tiers["t4"] for one, _ in left}
     for data in sorted({one.data for one in recipes if isinstance(one, DiffusionRecipe)}):

@@ -1230,8 +1230,10 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
     arm = EXPERIMENTS["reuse-cifar10"]
     done = tmp_path / "reuse" / f"{arm.arm}-s0.json"
     done.parent.mkdir()
-    done.write_text("{}")
-    assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 0
+    book = Path(__file__).parents[1] / "book/results/reuse"
+    done.write_bytes((book / done.name).read_bytes())
+    study = ["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]
+    assert main(study) == 0
     left = [("reuse-fashion-mnist", 0)]
     left += [(f"reuse-{name}", seed) for seed in (1, 2) for name in ("fashion-mnist", "cifar10")]
     assert ran == left
@@ -1239,13 +1241,26 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
     halves = []
     for part in ("1/2", "2/2"):
         ran.clear()
-        assert main(["run", "reuse-study", "--out", str(tmp_path), "--part", part]) == 0
+        assert main([*study, "--part", part]) == 0
         halves.append(list(ran))
     assert sorted(halves[0] + halves[1]) == sorted(left)
-    (done.parent / "fashion-mnist-s1.json").write_text("{}")  # recorded by the first half
+    name = "fashion-mnist-s1.json"  # recorded by the first half
+    (done.parent / name).write_bytes((book / name).read_bytes())
     ran.clear()
-    assert main(["run", "reuse-study", "--out", str(tmp_path), "--part", "2/2"]) == 0
+    assert main([*study, "--part", "2/2"]) == 0
     assert ran == halves[1]
+
+
+def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
+    """Else a run of tier cpu, the default, would stand among those of t4 and never be redone."""
+    monkeypatch.setattr(experiments, "run", lambda name, **rest: tmp_path)
+    book = Path(__file__).parents[1] / "book/results/reuse/cifar10-s0.json"
+    (tmp_path / "reuse").mkdir()
+    (tmp_path / "reuse" / book.name).write_bytes(book.read_bytes())
+    assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "tier must be t4, that of" in error and "cifar10-s0.json" in error and "got cpu" in error
+    assert main(["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1", "2/1"])

@@ -1028,7 +1028,7 @@ EXACT = (
     ),
     Exact(
         "E12",
-        "Few steps make samples too pale, whatever the net",
+        "Few steps make Gaussian samples too pale, even with a perfect denoiser",
         "On Gaussian pixels the best denoiser is known, its loss is above 0, and a sampler of few "
         "steps gives their deviation as too small. So neither loss nor samples of two schedules, "
         "targets or numbers of steps can be compared without these floors.",
@@ -1112,12 +1112,13 @@ def floors(runs: Runs) -> str:
         first = next(iter(arms.values()))[0].metrics["trained"]
         pixels = ", ".join(f"{v:.3f} at t = {t}" for t, v in first["pixels"].items())
         far = ", ".join(
-            f"`{arm}` {results.summary(mine, 'trained.far')[0]:.2f}" for arm, mine in arms.items()
+            f"`{arm}` {results.summary(mine, 'trained.far')[0]:.2f} ({len(mine)})"
+            for arm, mine in arms.items()
         )
         told.append(
-            f"Neighbours by the pixels of the same noisy images, {name}: {pixels}. Distance in "
-            f"pixels to the nearest training image, median: test images {first['far_test']:.2f}; "
-            f"samples of {far}."
+            f"Neighbours by the pixels of the same noisy images, {name}: {pixels}. Euclidean "
+            "distance to the nearest training image, pixels from −1 to 1, median: test images "
+            f"{first['far_test']:.2f}; samples of (in brackets: seeds) {far}."
         )
     return " ".join(told)
 

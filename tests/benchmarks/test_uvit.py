@@ -218,7 +218,7 @@ def test_moments_take_constant_memory(capsys):
         batches = (torch.ones(1000, WIDTH) for _ in range(rows // 1000))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             moments(batches)
-        moved = [event for event in watched.profiler.kineto_results.events()]
+        moved = watched.profiler.kineto_results.events()
         held = [event.nbytes() for event in moved if event.name() == "[memory]"]
         return max(accumulate(held))
 

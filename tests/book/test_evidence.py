@@ -163,8 +163,9 @@ def test_samples_stand_beside_pixels_and_beside_unseen_images() -> None:
     told = evidence.begun(claim, runs).note.removeprefix(claim.note)
     assert told == (
         " Neighbours by the pixels of the same noisy images, cifar10: 0.807 at t = 50, 0.785 at "
-        "t = 100. Distance in pixels to the nearest training image, median: test images 7.00; "
-        "samples of `scaled-sum` 8.50, `alpha-0.5` 7.25."
+        "t = 100. Euclidean distance to the nearest training image, pixels from −1 to 1, median: "
+        "test images 7.00; samples of (in brackets: seeds) `scaled-sum` 8.50 (2), `alpha-0.5` "
+        "7.25 (1)."
     )
 
 
