@@ -34,11 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)  # the same numbers everywhere, and two runs side by side
     try:
         options.command(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{str(stop) or 'stopped'}; go on with --resume", file=sys.stderr)
+        told = str(stop) or "stopped"
+        print(f"{told}; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
     return 0
 
@@ -99,6 +100,8 @@ def _run(options: argparse.Namespace) -> None:
         _run_one(options, options.name, options.seed)
         return
     left = experiments.queue(study, options.out, *_part(options.part), options.tier)
+    if not left:
+        print(f"nothing left: all runs of {study} are in {options.out}")
     for place, (experiment, seed) in enumerate(left, 1):
         print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
         _run_one(options, experiment.name, seed)

@@ -73,7 +73,7 @@ PLAIN = ("plain", "plain-half", "plain-eq")  # no path is dropped; see `_length`
 class Recipe:
     """What all recipes have in common: counts are at least 1, or 0 where that is the default.
 
-    Where it does what a ramp would do (`…_as`), the end of that lies in [0, 1].
+    A drop rate, and the end of a ramp where it does what one would do (`…_as`), lie in [0, 1].
     """
 
     def __post_init__(self) -> None:
@@ -81,8 +81,10 @@ class Recipe:
             if type(value) is int:
                 default = getattr(type(self), name)
                 require(name, value, value >= min(1, default), f"be at least {min(1, default)}")
-            if name.endswith("_as"):
+            if name == "p" or name.endswith("_as"):
                 require(name, value, 0 <= value <= 1, "lie in [0, 1]")
+            if name == "lr":
+                require(name, value, 0 < value < math.inf, "be above 0 and finite")
 
 
 @dataclass(frozen=True)

@@ -1260,7 +1260,12 @@ def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
     assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "tier must be t4, that of" in error and "cifar10-s0.json" in error and "got cpu" in error
-    assert main(["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]) == 0
+    study = ["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]
+    assert main(study) == 0 and "[5 of 5]" in capsys.readouterr().out
+    for record in book.parent.glob("*.json"):
+        (tmp_path / "reuse" / record.name).write_bytes(record.read_bytes())
+    assert main(study) == 0
+    assert capsys.readouterr().out == f"nothing left: all runs of reuse are in {tmp_path}\n"
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1", "2/1"])
@@ -1313,6 +1318,9 @@ def test_stopped_run_leaves_its_checkpoint_to_its_own_recipe(little_images, monk
             "batch=97",
             "batch must be at most 96 for two batches of 96 images (epochs=2), got 97",
         ),
+        ("reuse-cifar10", "lr=-1", "lr must be above 0 and finite, got -1.0"),
+        ("spiral-relu", "lr=nan", "lr must be above 0 and finite, got nan"),
+        ("spiral-relu", "p=1.5", "p must lie in [0, 1], got 1.5"),
         ("mae-decay", "rates_as=2", "rates_as must lie in [0, 1], got 2.0"),
         ("mae-decay", "norms_as=-0.1", "norms_as must lie in [0, 1], got -0.1"),
         ("diffusion-rates", "rates_as=1.5", "rates_as must lie in [0, 1], got 1.5"),
