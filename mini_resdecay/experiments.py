@@ -1313,8 +1313,8 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
         )
     judge.load_state_dict(weights, assign=True)
-    real = to_float(_few(test, 5 * recipe.samples).images)
-    return judge, run.metrics["encoder"]["sha256"], _features(judge, real)
+    real = _few(test, 5 * recipe.samples)
+    return judge, run.metrics["encoder"]["sha256"], _features(judge, to_float(real.images))
 
 
 def _features(judge: nn.Module, images: Tensor) -> Tensor:
@@ -1338,8 +1338,8 @@ def _see_denoiser(
             generator=torch.Generator().manual_seed(0),
         ).item()  # fmt: skip
     judge, _, real = _judge(recipe, test)
-    few = _draw(net, recipe, seed, recipe.samples // 10)
-    return found | {"fd_few": frechet_distance(_features(judge, few), real)}
+    few = _features(judge, _draw(net, recipe, seed, recipe.samples // 10))
+    return found | {"fd_few": frechet_distance(few, real)}
 
 
 def _diagnose_denoiser(

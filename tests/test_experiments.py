@@ -1230,7 +1230,7 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
     arm = EXPERIMENTS["reuse-cifar10"]
     done = tmp_path / "reuse" / f"{arm.arm}-s0.json"
     done.parent.mkdir()
-    book = Path(__file__).parents[1] / "book/results/reuse"
+    book = BOOK / "reuse"
     done.write_bytes((book / done.name).read_bytes())
     study = ["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]
     assert main(study) == 0
@@ -1254,7 +1254,7 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
 def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
     """Else a run of tier cpu, the default, would stand among those of t4 and never be redone."""
     monkeypatch.setattr(experiments, "run", lambda name, **rest: tmp_path)
-    book = Path(__file__).parents[1] / "book/results/reuse/cifar10-s0.json"
+    book = BOOK / "reuse/cifar10-s0.json"
     (tmp_path / "reuse").mkdir()
     (tmp_path / "reuse" / book.name).write_bytes(book.read_bytes())
     assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 2
