@@ -77,8 +77,9 @@ class UViT(nn.Module):
     loss asks for, [B, C, H, W]. With `long_skips`, what block k of the way in gave joins the input
     of block k from the end: `Linear([x; tap])`, before its shortcuts, which so weaken it too.
     `alpha_min` < 1 makes the shortcut decay over all 2 * (depth + 1) sub-layers, along the schedule
-    `kind`. `zero_init` starts branches and head at zero. `stem` (see `Tokens`) and `blocks` are
-    what `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
+    `kind`. `zero_init` starts branches and head at zero. Each tap, shallow to deep, is multiplied
+    by its entry in `tap_scales` (1.0 unless set). `stem` (see `Tokens`) and `blocks` are what
+    `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
     Raises ValueError for sizes that do not divide, an odd depth or dim, and a shortcut that cannot
     use `alpha_min`.
     Differs from the source: Xavier-uniform weights, and eps 1e-6 where that has 1e-5, which damps
@@ -113,6 +114,7 @@ class UViT(nn.Module):
         self.apply(xavier)
         if not long_skips:  # drawn all the same, so that a seed gives all else the same weights
             self.skips = nn.ModuleList()
+        self.tap_scales = (1.0,) * len(self.skips)
         for block in paths(self)[::2]:  # as in the source
             block.branch.get_submodule("qkv").register_parameter("bias", None)
         if zero_init:
@@ -130,6 +132,6 @@ class UViT(nn.Module):
                 tokens = self.skips[k - first_out](joined).to(tokens.dtype)
             tokens = mlp(attention(tokens))
             if k < len(self.skips):
-                taps.append(tokens)
+                taps.append(tokens * self.tap_scales[k])
         patches = self.head(self.norm(tokens[:, self.stem.extra :]))
         return self.smooth(unpatchify(patches, self.stem.patch_size))
