@@ -127,11 +127,12 @@ class UViT(nn.Module):
         first_out = len(blocks) - len(self.skips)
         for k, (attention, mlp) in enumerate(blocks):
             if k >= first_out:
-                joined = torch.cat([tokens, taps.pop()], dim=-1)
+                tap = taps.pop() * self.tap_scales[first_out - 1 - k]
+                joined = torch.cat([tokens, tap], dim=-1)
                 # The stream stays float32 under autocast.
                 tokens = self.skips[k - first_out](joined).to(tokens.dtype)
             tokens = mlp(attention(tokens))
             if k < len(self.skips):
-                taps.append(tokens * self.tap_scales[k])
+                taps.append(tokens)
         patches = self.head(self.norm(tokens[:, self.stem.extra :]))
         return self.smooth(unpatchify(patches, self.stem.patch_size))
