@@ -218,6 +218,7 @@ class DiffusionRecipe(Recipe):
             ("sampling_steps", self.sampling_steps <= 1000, "be in 1…1000"),
             # Without mean weights the net itself would be measured, which autocasts.
             ("ema", 0 < self.ema < 1, "lie in (0, 1)"),
+            ("taps_as", self.long_skips or not self.taps_as, "be 0 without long skips"),
         ):
             require(name, getattr(self, name), fits, wanted)
 
@@ -1103,8 +1104,8 @@ def _generative_training(
     """What both kinds of net that make images share; `body` is the part that decays."""
     rule = f"{recipe.shortcut} with alpha_min {recipe.alpha_min:g}"
     require(
-        "shortcut", rule, not recipe.rates_as or rule == "plain with alpha_min 1",
-        "be plain with alpha_min 1 where rates_as is above 0",
+        "shortcut", rule, rule == "plain with alpha_min 1" or not recipe.rates_as + recipe.taps_as,
+        "be plain with alpha_min 1 where rates_as or taps_as is above 0",
     )  # fmt: skip
     ramp = alpha_schedule(len(body.blocks) // 2, recipe.rates_as or 1.0, recipe.kind)
     groups = (

@@ -633,15 +633,16 @@ def test_rates_of_the_arms_are_those_that_won_their_trials():
         ({"shortcut": "scaled-sum"}, "got scaled-sum with alpha_min 1"),
     ],
 )
-def test_rates_of_a_decay_need_plain_shortcuts(changes, told):
+@pytest.mark.parametrize("part", ["rates_as", "taps_as"])
+def test_rates_and_taps_of_a_decay_need_plain_shortcuts(part, changes, told):
     for kind, prepare in (
         (MaskedRecipe, experiments._masked_training),
         (DiffusionRecipe, experiments._diffusion_training),
     ):
-        recipe = kind(rates_as=0.5, batch=16, **changes)
+        recipe = kind(batch=16, **{part: 0.5}, **changes)
         with pytest.raises(ValueError) as error:
             prepare(recipe, 0, data.shapes(96, 96)[0])
-        wanted = "be plain with alpha_min 1 where rates_as is above 0"
+        wanted = "be plain with alpha_min 1 where rates_as or taps_as is above 0"
         assert str(error.value) == f"shortcut must {wanted}, {told}"
 
 
