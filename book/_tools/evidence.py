@@ -764,8 +764,9 @@ DECAYED = (
         "and `rates` tells whether step sizes explain what decay does. `taps` tells the same of "
         f"louder long skips, by a “{EXPERIMENTS['diffusion-taps'].expects}”. "
         "Nothing is read unless the judge finds the class that was asked for in half of the "
-        "samples of `plain`, on average over seeds and without guidance, and nothing of CIFAR-10 unless it does in those of "
-        "`cifar10-plain`. A net without classes is judged by the same condition on `plain`.",
+        "samples of `plain`, on average over seeds and without guidance, and nothing of CIFAR-10 "
+        "unless it does in those of `cifar10-plain`. A net without classes is judged by the same "
+        "condition on `plain`.",
         where="11; 12",
     ),
     Claim(
