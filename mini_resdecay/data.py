@@ -54,11 +54,12 @@ class ImageSet:
     def __post_init__(self) -> None:
         x, y, last = self.images, self.labels, len(self.classes) - 1
         fits = x.dtype == torch.uint8 and y.dtype == torch.int64 and x.ndim == 4
-        if not fits or y.shape != x.shape[:1] or not len(y):
-            got = f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
-            raise ValueError(f"images, labels must be uint8 [N, C, H, W], int64 [N], got {got}")
-        if y.min() < 0 or y.max() > last:
-            raise ValueError(f"labels must lie in 0…{last}, got {y.min()}…{y.max()}")
+        require(
+            "images, labels", f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}",
+            fits and y.shape == x.shape[:1] and len(y), "be uint8 [N, C, H, W], int64 [N]",
+        )  # fmt: skip
+        inside = y.min() >= 0 and y.max() <= last
+        require("labels", f"{y.min()}…{y.max()}", inside, f"lie in 0…{last}")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -228,9 +228,11 @@ def fine_tuning_groups(
     """
     require("layer_decay", layer_decay, 0 < layer_decay <= 1, "lie in (0, 1]")
     blocks = paths(net)
-    if not blocks or not all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
-        wanted = "paths behind a LayerNorm, attention and MLP in turn"
-        raise ValueError(f"net must be a Classifier on a ViT: {wanted}; got {type(net).__name__}")
+    normed = blocks and all(isinstance(block.norm, nn.LayerNorm) for block in blocks)
+    require(
+        "net", type(net).__name__, normed,
+        "be a Classifier on a ViT: paths behind a LayerNorm, attention and MLP in turn",
+    )  # fmt: skip
     depth = len(blocks) // 2  # attention and MLP are one block here
     factors = {p: layer_decay ** (depth + 1) for n, p in net.named_parameters() if "stem." in n}
     for k, block in enumerate(blocks):

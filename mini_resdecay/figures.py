@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from . import known, require
+
 Array = NDArray[np.float64]
 Arrays = Mapping[str, ArrayLike]
 Names = Sequence[str]
@@ -90,8 +92,7 @@ def arm_styles(names: Names) -> dict[str, Style]:
     taken = {ARM_STYLE[name].colour for name in names if name in ARM_STYLE}
     others = [name for name in names if name not in ARM_STYLE]
     spare = sorted(OTHER_STYLES, key=lambda look: look.colour in taken)
-    if len(others) > len(spare):
-        raise ValueError(f"arms outside ARM_STYLE must be at most {len(spare)}, got {others}")
+    require("arms outside ARM_STYLE", others, len(others) <= len(spare), f"be at most {len(spare)}")
     return {name: ARM_STYLE.get(name) or spare[others.index(name)] for name in names}
 
 
@@ -102,11 +103,13 @@ def show(fig: plt.Figure, alt: str) -> None:
     is kept instead of shown; outside Jupyter nothing is shown.
     Raises ValueError for an `alt` under 40 characters and a figure wider than 7 inches.
     """
-    if len(alt.strip()) < SHORTEST_ALT:
-        wanted = "what the figure shows (kind of plot, axes, the finding with its number)"
-        raise ValueError(f"alt must say in {SHORTEST_ALT} characters or more {wanted}, got {alt!r}")
-    if fig.get_figwidth() > WIDEST:
-        raise ValueError(f"size must be at most {WIDEST} inches wide, got {fig.get_figwidth()}")
+    require(
+        "alt", repr(alt), len(alt.strip()) >= SHORTEST_ALT,
+        f"say in {SHORTEST_ALT} characters or more what the figure shows (kind of plot, axes, "
+        "the finding with its number)",
+    )  # fmt: skip
+    width = fig.get_figwidth()
+    require("size", width, width <= WIDEST, f"be at most {WIDEST} inches wide")
     raw, small = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, dpi=DPI)
     plt.close(fig)
@@ -369,9 +372,8 @@ def input_maps(
     """
     maps = _array("values", values, len(row_labels), len(column_labels), -1, -1)
     shared = {"panel": (2, 3), "column": (0, 2, 3), "figure": (0, 1, 2, 3)}
-    if scale not in shared:
-        raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
-    maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
+    over = shared[known("scale", scale, shared)]
+    maps = maps / np.nanmax(np.abs(maps), over, keepdims=True, initial=1e-12)
     with _mosaic(row_labels, column_labels, alt) as axis:
         axis.set(xlabel="$x_1$, each from −1.2 to 1.2", ylabel="$x_2$, each from −1.2 to 1.2")
         for row, node in np.ndindex(maps.shape[:2]):

@@ -356,8 +356,7 @@ def fold_gains(model: nn.Module, alphas: Sequence[float]) -> None:
 
 def _gains(model: nn.Module, alphas: Sequence[float]) -> dict[nn.Parameter, float]:
     layers = output_projections(model)
-    if len(layers) != len(alphas):
-        raise ValueError(f"alphas must be one a sub-layer, {len(layers)}, got {len(alphas)}")
+    require("alphas", len(alphas), len(layers) == len(alphas), f"be one a sub-layer, {len(layers)}")
     pairs = zip(layers, branch_gains(alphas), strict=True)
     return {parameter: gain for layer, gain in pairs for parameter in layer.parameters()}
 

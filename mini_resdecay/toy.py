@@ -223,8 +223,8 @@ def train_together(
     Raises ValueError for nets of different shape or rule or under a path mask, and if a loss is
     not finite.
     """
-    if len(shapes := {str(net) for net in nets}) != 1:
-        raise ValueError(f"nets must be of one architecture, got {len(shapes)}")
+    shapes = {str(net) for net in nets}
+    require("nets", len(shapes), len(shapes) == 1, "be of one architecture")
     if any(block.mask is not None for net in nets for block in paths(net)):
         raise ValueError("nets must be without a path mask: all paths are trained here")
     stacked = StackedNets(nets, len(x))
