@@ -975,8 +975,10 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
 
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
     most = len(train) // (2 if recipe.epochs == 1 else 1)
-    wanted = f"be at most {most} for two batches of {len(train)} images (epochs={recipe.epochs})"
-    require("batch", recipe.batch, recipe.batch <= most, wanted)
+    require(
+        "batch", recipe.batch, recipe.batch <= most,
+        f"be at most {most} for two batches of {len(train)} images (epochs={recipe.epochs})",
+    )  # fmt: skip
     return recipe.epochs * (len(train) // recipe.batch)
 
 

@@ -120,8 +120,7 @@ def show(fig: plt.Figure, alt: str) -> None:
     if _open_frames:
         _open_frames[-1].append((png, alt))
     elif ipython is not None and ipython.get_ipython() is not None:
-        notes = {"image/png": {"alt": alt}}
-        ipython.display.display({"image/png": png}, raw=True, metadata=notes)
+        ipython.display.display({"image/png": png}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 @contextmanager
@@ -293,8 +292,7 @@ def heatmaps(
             bar.ax.axvline(null, color=VERMILLION, linewidth=3)
         if changes:
             _draw_maps(axes.flat[split:], changes, None, f"difference in\n{label}")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("layer i")
+        plt.setp(axes[:, 0], ylabel="layer i")
 
 
 def _draw_maps(block: Any, maps: Arrays, limits: tuple[float, float] | None, label: str) -> Any:
@@ -303,8 +301,7 @@ def _draw_maps(block: Any, maps: Arrays, limits: tuple[float, float] | None, lab
     top = max(float(np.nanmax(np.abs(array), initial=1e-12)) for array in arrays)
     low, high = limits or (-top, top)
     look = DIVERGING if low < 0 else DIVERGING | {"cmap": "viridis"}
-    for axis in block[len(arrays) :]:
-        axis.set_visible(False)
+    plt.setp(block[len(arrays) :], visible=False)
     for axis, title, array in zip(block, maps, arrays, strict=False):
         axis.patch.set(facecolor="#cccccc", hatch="///")
         image = axis.imshow(array, vmin=low, vmax=high, zorder=1, **look)
@@ -380,8 +377,9 @@ def input_maps(
             x, y = PITCH * node, -PITCH * row
             place = (x, x + 1, y, y + 1)
             image = axis.imshow(maps[row, node], vmin=-1, vmax=1, extent=place, **DIVERGING)
-        name = f"value / largest of its {scale}"
-        axis.figure.colorbar(image, ax=axis, label=name, location="bottom", aspect=40)
+        axis.figure.colorbar(
+            image, ax=axis, label=f"value / largest of its {scale}", location="bottom", aspect=40
+        )
 
 
 @contextmanager
@@ -490,14 +488,14 @@ def _draw_part(axis: Any, i: int, down: float, part: str, name: str) -> None:
     height = down + 0.72 * inner
     ink, dash = (GREY, ":") if part == "not run" else (BLACK, "-")
     if inner:
-        path = ([i - 0.45, i - 0.45, i + 0.45, i + 0.45], [down, height, height, down])
-        axis.plot(*path, ink, ls=dash)
-        axis.plot(i + 0.45, down, "o", color=BLACK, mfc="white", ms=6)
-    box = plt.Rectangle((i - 0.3, height - 0.27), 0.6, 0.54, zorder=3, **PARTS[part])
-    axis.add_patch(box)
+        left, right = i - 0.45, i + 0.45
+        axis.plot([left, left, right, right], [down, height, height, down], ink, ls=dash)
+        axis.plot(right, down, "o", color=BLACK, mfc="white", ms=6)
+    axis.add_patch(plt.Rectangle((i - 0.3, height - 0.27), 0.6, 0.54, zorder=3, **PARTS[part]))
     look = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85}
-    middle = {"ha": "center", "va": "center", "zorder": 4, "fontsize": 10}
-    axis.text(i, height, name, color=ink, bbox=look, **middle)
+    axis.text(
+        i, height, name, ha="center", va="center", fontsize=10, color=ink, bbox=look, zorder=4
+    )
 
 
 def path_rows(mask: Any) -> dict[str, list[str]]:
@@ -531,5 +529,6 @@ def _spearman(x: Array, y: Array) -> float:
 
 def _legend_below(axes: Any, columns: int, title: str | None = None, **more: Any) -> None:
     found = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
-    look = {"loc": "outside lower center", "ncols": columns, "title": title, **more}
-    axes[0].figure.legend(handles=[*found.values()], **look)
+    axes[0].figure.legend(
+        handles=[*found.values()], loc="outside lower center", ncols=columns, title=title, **more
+    )

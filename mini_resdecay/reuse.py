@@ -146,8 +146,7 @@ def similarity_map(
     require("features", "none", len(features) > 0, "hold at least one layer")
     if measure in _MAPS:
         return _MAPS[measure](features)
-    rows = [[measure(x, y) for y in features] for x in features]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor([[measure(x, y) for y in features] for x in features], dtype=torch.float64)
 
 
 def _cosine_map(features: Sequence[Tensor]) -> Tensor:

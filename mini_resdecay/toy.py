@@ -176,8 +176,7 @@ class StackedNets(nn.Module):
         blocks = paths(nets[0])
         self.keep = [_share_kept(block.rule) for block in blocks]
         self.act, self.backward_act = _IN_PLACE[type(blocks[0].branch.get_submodule("1"))]
-        shape = len(nets), n, self.weight.shape[-1]
-        self.memory = self.weight.new_empty(2, len(blocks), *shape)
+        self.memory = self.weight.new_empty(2, len(blocks), len(nets), n, self.weight.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(_Blocks.apply(self.stem(x), self.weight, self.bias, self))
