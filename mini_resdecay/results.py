@@ -14,7 +14,6 @@ import math
 import platform
 import re
 import subprocess
-import sys
 import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
@@ -360,9 +359,9 @@ def _peak(gpu: bool) -> float:
     """Most memory so far, in GiB: of the GPU, or else of this process."""
     if gpu:
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":  # has no getrusage
+    if platform.system() == "Windows":  # has no getrusage
         return 0.0
     import resource
 
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes or KiB
+    unit = 2**30 if platform.system() == "Darwin" else 2**20  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

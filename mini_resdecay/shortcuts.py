@@ -379,11 +379,10 @@ def gain_groups(
     sub-layers, for instance the encoder of an autoencoder; the whole model if not given.
     Raises ValueError as `output_projections` does, and if `alphas` do not count its layers.
     """
-    gains = _gains(within or model, alphas)
     return [
         {"params": params, "lr": lr * gain**power, "eps": eps / gain}
         | {"weight_decay": weight_decay / gain**power if decayed else 0.0}
-        for (gain, decayed), params in _split(model, gains).items()
+        for (gain, decayed), params in _split(model, _gains(within or model, alphas)).items()
     ]
 
 
