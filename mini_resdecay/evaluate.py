@@ -42,8 +42,7 @@ def standardised(fit: Tensor, *others: Tensor) -> list[Tensor]:
     """
     deviation, centre = torch.std_mean(fit.float(), 0)
     # What rounding leaves of a constant feature is no feature: infinity makes it zero.
-    varies = deviation > 1e-6 * fit.float().abs().amax(0)
-    scale = torch.where(varies, deviation, math.inf)
+    scale = torch.where(deviation > 1e-6 * fit.float().abs().amax(0), deviation, math.inf)
     return [(x.float() - centre) / scale for x in (fit, *others)]
 
 
@@ -144,12 +143,14 @@ def linear_probe(
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
     grid = [(lr, wd) for lr in lrs for wd in weight_decays]
-    if steps < 1 or not grid or not all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid):
-        wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
-        raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
+    fits = steps >= 1 and grid and all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid)
+    require(
+        "steps", f"{steps}, {lrs}, {weight_decays}", fits,
+        "be at least 1, lrs above 0, weight_decays 0 or more, some and finite",
+    )  # fmt: skip
     require("train_x", len(train_y), len(train_y) >= 10, "have at least 10 rows")
-    if (odd := int(test_y.max())) > (last := int(train_y.max())):
-        raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
+    odd, last = int(test_y.max()), int(train_y.max())
+    require("test_y", odd, odd <= last, f"be classes of train_y, 0…{last}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
     trials: dict[tuple[str, float, float], tuple[float, ...]] = {}

@@ -316,9 +316,10 @@ def output_projections(model: nn.Module) -> list[nn.Linear]:
                     f"and a two-layer MLP: {block}"
                 )
             found += linears[-3::2]
-    if not found:
-        wanted = "Residual paths, or blocks with two LayerNorms (before attention, before the MLP)"
-        raise ValueError(f"model must have {wanted}; {type(model).__name__} has neither")
+    require(
+        "model", type(model).__name__, found,
+        "have Residual paths, or blocks with two LayerNorms (before attention, before the MLP)",
+    )  # fmt: skip
     return found
 
 

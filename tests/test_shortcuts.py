@@ -648,7 +648,7 @@ def test_output_projections_are_found_in_nets_of_all_kinds():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (lambda: nn.Linear(2, 2), "model must have Residual paths, or blocks .*; Linear has"),
+        (lambda: nn.Linear(2, 2), "model must have Residual paths, or blocks .*, got Linear"),
         (
             lambda: BertModel(BertConfig(hidden_size=24, num_hidden_layers=1)),
             "model must have .*; BertModel has",
