@@ -77,8 +77,9 @@ class UViT(nn.Module):
     loss asks for, [B, C, H, W]. With `long_skips`, what block k of the way in gave joins the input
     of block k from the end: `Linear([x; tap])`, before its shortcuts, which so weaken it too.
     `alpha_min` < 1 makes the shortcut decay over all 2 * (depth + 1) sub-layers, along the schedule
-    `kind`. `zero_init` starts branches and head at zero. `stem` (see `Tokens`) and `blocks` are
-    what `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
+    `kind`. `zero_init` starts branches and head at zero. Each tap, shallow to deep, is multiplied
+    by its entry in `tap_scales` (1.0 unless set). `stem` (see `Tokens`) and `blocks` are what
+    `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
     Raises ValueError for sizes that do not divide, an odd depth or dim, and a shortcut that cannot
     use `alpha_min`.
     Differs from the source: Xavier-uniform weights, and eps 1e-6 where that has 1e-5, which damps
@@ -113,6 +114,7 @@ class UViT(nn.Module):
         self.apply(xavier)
         if not long_skips:  # drawn all the same, so that a seed gives all else the same weights
             self.skips = nn.ModuleList()
+        self.tap_scales = (1.0,) * len(self.skips)
         for block in paths(self)[::2]:  # as in the source
             block.branch.get_submodule("qkv").register_parameter("bias", None)
         if zero_init:
@@ -125,7 +127,8 @@ class UViT(nn.Module):
         first_out = len(blocks) - len(self.skips)
         for k, (attention, mlp) in enumerate(blocks):
             if k >= first_out:
-                joined = torch.cat([tokens, taps.pop()], dim=-1)
+                tap = taps.pop() * self.tap_scales[first_out - 1 - k]
+                joined = torch.cat([tokens, tap], dim=-1)
                 # The stream stays float32 under autocast.
                 tokens = self.skips[k - first_out](joined).to(tokens.dtype)
             tokens = mlp(attention(tokens))

@@ -735,6 +735,7 @@ GENERATORS = [
     ("plain", "decay", "alpha_min"),
     ("plain", "scaled-sum", "shortcut"),
     ("plain", "rates", "rates_as"),
+    *(("plain", f"taps{end}", "taps_as") for end in ("", "-0.5")),
     *(("plain", f"alpha-{alpha}", "alpha_min") for alpha in (0.5, 0.7, 0.9)),
     ("plain", "unconditional-plain", "labelled"),
     ("unconditional-plain", "unconditional-decay", "alpha_min"),
@@ -762,17 +763,19 @@ def test_arms_of_the_diffusion_study_differ_in_what_they_say(tier, one, other, f
 
 def test_every_arm_of_the_diffusion_study_has_a_neighbour_and_one_rule():
     assert {arm for pair in GENERATORS for arm in pair[:2]} == set(DIFFUSION)
-    for trial, word in ((False, "(1) decay minus plain"), (True, "held_loss is lowest")):
-        (rule,) = {one.expects for arm, one in DIFFUSION.items() if ("-lr-" in arm) == trial}
-        assert rule.startswith("rule fixed before the runs: ") and word in rule
+    words = {"": "(1) decay minus plain", "-lr-": "held_loss is lowest", "taps": "by taps-0.5"}
+    of = {arm: next((k for k in ("-lr-", "taps") if k in arm), "") for arm in DIFFUSION}
+    for kind, word in words.items():
+        (rule,) = {one.expects for arm, one in DIFFUSION.items() if of[arm] == kind}
+        assert rule.startswith("rule fixed before the") and word in rule
 
 
 @pytest.mark.parametrize("tier", experiments.TIERS)
 def test_ramps_of_a_u_vit_count_its_middle_block(tier):
-    for arm in ("decay", "rates", "unconditional-decay", "cifar10-decay"):
+    for arm in ("decay", "rates", "taps", "unconditional-decay", "cifar10-decay"):
         recipe = recipe_of(DIFFUSION[arm], tier)
         assert {4: 5, 12: 13}[recipe.depth] == recipe.depth + 1
-        end = min(recipe.alpha_min, recipe.rates_as or 1)
+        end = min(recipe.alpha_min, recipe.rates_as or 1, recipe.taps_as or 1)
         product = effective_alpha(alpha_schedule(recipe.depth + 1, end))
         assert product == pytest.approx(10**-2.5, rel=5e-3)
     # The sheet's numbers.
@@ -787,6 +790,7 @@ def test_the_diffusion_study_runs_what_decides_first(tmp_path, monkeypatch):
         ["plain-lr-0.5", "plain-lr-2", "decay-lr-0.5", "decay-lr-2"],
         ["scaled-sum", "rates", "alpha-0.5", "alpha-0.7", "alpha-0.9"],
         ["unconditional-plain", "unconditional-decay", "cifar10-plain", "cifar10-decay"],
+        ["taps", "taps-0.5"],
     ]
     assert runs == [
         (arm, seed)
@@ -956,6 +960,12 @@ def test_D03_equal_steps_are_decay_but_for_the_long_skips_and_the_norms(skips, m
         rescale_norms(net, alphas)
         weigh(net)
 
+    def with_biases(net):
+        rescale_norms(net, alphas)
+        for k, skip in enumerate(net.skips):
+            more = 1 / kept[2 * (3 + k)] - 1
+            skip.register_forward_hook(lambda skip, _, out, more=more: out + more * skip.bias)
+
     expected = denoising_losses(decay, images)
     gaps = [
         (denoising_losses(steps, images, change) - expected).abs().max().item()
@@ -963,6 +973,11 @@ def test_D03_equal_steps_are_decay_but_for_the_long_skips_and_the_norms(skips, m
     ]
     assert len(expected) == 25 and gaps[0] < 1e-10
     assert (gaps[1] > 1e-4) == skips  # without long skips, steps are all of it
+    # Equal steps and loud taps leave of decay only the norms and the joins' biases.
+    both = dataclasses.replace(steps, taps_as=decay.alpha_min)
+    assert (denoising_losses(both, images, with_biases) - expected).abs().max() < 1e-10
+    taps = dataclasses.replace(both, rates_as=0.0)
+    assert (denoising_losses(taps, images, with_biases) - expected).abs().max() > 1e-4
     plain = recipe_of(DIFFUSION["plain"], "t4", changes)
     assert (denoising_losses(plain, images) - expected).abs().max() > 1e-4
 

@@ -148,6 +148,18 @@ def test_taps_come_back_last_in_first_out():
         assert torch.equal(joined, expected)
 
 
+def test_taps_can_be_scaled():
+    """A tap twice as loud is a join whose weights for it are twice as large."""
+    (x, t, _), loud, heavy = inputs(), small(), small()
+    assert loud.tap_scales == (1.0, 1.0) and small(long_skips=False).tap_scales == ()
+    loud.tap_scales = (2.0, 0.5)
+    assert not torch.allclose(loud(x, t), heavy(x, t), atol=1e-2)
+    with torch.no_grad():
+        for skip, scale in zip(heavy.skips, (0.5, 2.0), strict=True):  # the deepest joins first
+            skip.weight[:, 16:] *= scale
+    torch.testing.assert_close(loud(x, t), heavy(x, t), atol=1e-12, rtol=0)
+
+
 def test_alpha_1_is_the_plain_net_and_other_rules_have_their_name():
     x, t, _ = inputs()
     assert torch.equal(small(shortcut="decay")(x, t), small()(x, t))

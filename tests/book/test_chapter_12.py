@@ -161,7 +161,8 @@ def with_trials(**arms: list[float]) -> Fds:
 def test_nothing_is_recorded(said: Said) -> None:
     text = said()
     assert "not recorded yet: plain, no-skips, decay" in text
-    assert [part(text, n) for n in (2, 3)] == [f"({n}) not recorded yet" for n in (2, 3)]
+    later = range(2, 6)
+    assert [part(text, n) for n in later] == [f"({n}) not recorded yet" for n in later]
     assert part(text, 1).endswith("trials not all recorded: not recorded yet")
 
 
@@ -197,17 +198,25 @@ def test_parts_one_and_two_below_around_and_above_zero(
         (LOWER, [3.0, 3.3, 2.9], "open"),
     ],
 )
-def test_part_three(said: Said, decay: list[float], rates: list[float], word: str) -> None:
+@pytest.mark.parametrize(
+    ("n", "arm", "control"),
+    [(3, "decay", "rates"), (4, "decay", "taps"), (5, "alpha-0.5", "taps-0.5")],
+)
+def test_parts_three_to_five_explain(
+    said: Said, n: int, arm: str, control: str, decay: list[float], rates: list[float], word: str
+) -> None:
     told = (results.paired_interval(decay, other) for other in (PLAIN, rates))
     both = " ".join(f"{gap} ({gap.smallest_effect:.3f})" for gap in told)
-    assert part(said(plain=PLAIN, decay=decay, rates=rates), 3) == f"(3) {both} {word}"
+    text = said(plain=PLAIN, **{arm: decay, control: rates})
+    assert part(text, n) == f"({n}) {both} {word}"
+    assert all(part(text, k).endswith(" not recorded yet") for k in {3, 4, 5} - {n})
 
 
 def test_two_seeds_decide_nothing_and_are_shown(said: Said) -> None:
     text = said(plain=PLAIN[:2], decay=HIGHER[:2], no_skips=HIGHER[:1])
     told = [line.split() for line in less_plain(text)]
     assert [words[:2] for words in told] == [["no-skips", "no"], ["decay", "+1.050±0.635*"]]
-    assert all(part(text, n).endswith("not recorded yet") for n in (1, 2, 3))
+    assert all(part(text, n).endswith("not recorded yet") for n in range(1, 6))
 
 
 def test_only_seed_0_chooses_a_rate(said: Said) -> None:
