@@ -270,8 +270,7 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
             products.addmm_(off.T, off)
         count += len(x)
     require("batches", "none", count > 0, "hold at least one batch")
-    spread = products - total.outer(total) / count
-    return origin + total / count, spread / (count - 1 or math.nan)
+    return origin + total / count, (products - total.outer(total) / count) / (count - 1 or math.nan)
 
 
 @torch.no_grad()
