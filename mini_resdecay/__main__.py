@@ -34,12 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)  # the same numbers everywhere, and two runs side by side
     try:
         options.command(options)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+    except BrokenPipeError:  # as in `list | head`; what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        told = str(stop) or "stopped"
-        print(f"{told}; --resume goes on from the last checkpoint, if any", file=sys.stderr)
+        print(
+            f"{str(stop) or 'stopped'}; --resume goes on from the last checkpoint, if any",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -54,11 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one seed, or all of STUDY-study; write results")
     run.add_argument("name", help="an experiment, or STUDY-study for all that --out lacks")
     run.add_argument("--tier", default="cpu", help=f"{', '.join(TIERS)} (default: cpu)")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, help="of one run (default: 0)")
     run.add_argument("--data", help="folder of image sets (default: MINI_RESDECAY_DATA)")
     run.add_argument("--out", default="runs", help="folder of results (default: runs)")
     run.add_argument("--resume", action="store_true", help="skip what is done, go on if stopped")
-    run.add_argument("--part", default="1/1", help="of a study: 1/2 and 2/2 run side by side")
+    run.add_argument("--part", help="of a study: 1/2 and 2/2 run side by side")
     run.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change fields"
     )
@@ -87,41 +93,47 @@ def _show(options: argparse.Namespace) -> None:
     )
     experiment = experiments.get(options.name)
     print(f"{experiment.name}\n  source:  {experiment.source}\n  expects: {experiment.expects}")
-    cost = f"{experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB"
-    print(f"  cost:    {cost} (tier t4, two CPU cores, nothing else running)")
+    print(
+        f"  cost:    {experiment.minutes:g} minutes, {experiment.memory_gib:g} GiB "
+        "(tier t4, two CPU cores, nothing else running)"
+    )
     print(f"  seeds:   {', '.join(map(str, experiment.seeds))}")
     for tier, recipe in experiment.tiers.items():
         print(f"  {tier + ':':8} {json.dumps(asdict(recipe))}")
 
 
 def _run(options: argparse.Namespace) -> None:
-    study, _, whole = options.name.rpartition("-")
-    if whole != "study":
-        _run_one(options, options.name, options.seed)
-        return
-    left = experiments.queue(study, options.out, *_part(options.part), options.tier)
-    if not left:
-        print(f"nothing left: all runs of {study} are in {options.out}")
-    for place, (experiment, seed) in enumerate(left, 1):
-        print(f"[{place} of {len(left)}] {experiment.name}, seed {seed}", flush=True)
-        _run_one(options, experiment.name, seed)
+    PartialState(cpu=not torch.accelerator.is_available())  # said outright, as in `make_state`
+    study = options.name.removesuffix("-study")
+    if study == options.name:
+        require("--part", options.part, options.part is None, "be left out: it is for STUDY-study")
+        runs = [(experiments.get(study), options.seed or 0)]
+    else:
+        require("--seed", options.seed, options.seed is None, "be left out: a study has its own")
+        runs = experiments.queue(
+            study, options.out, *_part(options.part), options.tier, options.set
+        )
+    if not runs:
+        PartialState().print(f"nothing left: all runs of {study} are in {options.out}")
+    for place, (experiment, seed) in enumerate(runs, 1):
+        if study != options.name:
+            PartialState().print(
+                f"[{place} of {len(runs)}] {experiment.name}, seed {seed}", flush=True
+            )
+        path = experiments.run(
+            experiment.name,
+            tier=options.tier,
+            seed=seed,
+            data=options.data,
+            out=options.out,
+            resume=options.resume,
+            changes=options.set,
+        )
+        PartialState().print(f"recorded in {path}", flush=True)  # one process speaks for all
 
 
-def _run_one(options: argparse.Namespace, name: str, seed: int) -> None:
-    path = experiments.run(
-        name,
-        tier=options.tier,
-        seed=seed,
-        data=options.data,
-        out=options.out,
-        resume=options.resume,
-        changes=options.set,
-    )
-    PartialState().print(f"recorded in {path}", flush=True)  # one process speaks for all
-
-
-def _part(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
+def _part(text: str | None) -> tuple[int, int]:
+    part, _, parts = (text or "1/1").partition("/")
     fits = part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)
     require("part", text, fits, "be like 1/2, its first number at most its second")
     return int(part), int(parts)

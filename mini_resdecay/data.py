@@ -53,13 +53,15 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         x, y, last = self.images, self.labels, len(self.classes) - 1
-        fits = x.dtype == torch.uint8 and y.dtype == torch.int64 and x.ndim == 4
         require(
-            "images, labels", f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}",
-            fits and y.shape == x.shape[:1] and len(y), "be uint8 [N, C, H, W], int64 [N]",
-        )  # fmt: skip
-        inside = y.min() >= 0 and y.max() <= last
-        require("labels", f"{y.min()}…{y.max()}", inside, f"lie in 0…{last}")
+            "images, labels",
+            f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}",
+            (x.dtype, x.ndim, y.dtype, y.ndim) == (torch.uint8, 4, torch.int64, 1)
+            and len(x) == len(y) > 0,
+            "be uint8 [N, C, H, W], int64 [N]",
+        )
+        low, high = y.min(), y.max()
+        require("labels", f"{low}…{high}", 0 <= low <= high <= last, f"lie in 0…{last}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,7 +104,14 @@ _SOURCES = {
     ),
 }
 _EXTRA = 'pip install "mini-resdecay[hub]"'
-NAMES = ("digits", "shapes", *_SOURCES, "imagefolder")
+# What belongs into the folder of image sets; parquet files may lie one folder deeper.
+_LAYOUT = {
+    "fashion-mnist": "fashion-mnist/ with its four original files *-ubyte.gz",
+    "cifar10": "cifar10/ with train-*.parquet and test-*.parquet",
+    "tiny-imagenet-100": "tiny-imagenet-100/ with classes.tsv, train-*.parquet, valid-*.parquet",
+    "imagefolder": "split/class/image.jpg or .png",
+}
+NAMES = ("digits", "shapes", *_LAYOUT)
 
 
 def load(name: str, split: str, root: str | Path | None = None, *, size: int = 64) -> ImageSet:
@@ -129,13 +138,18 @@ def load(name: str, split: str, root: str | Path | None = None, *, size: int = 6
     if not root and name != "imagefolder":
         return _from_hub(name, split)
     folder = Path(root).expanduser()
-    if not root or not folder.is_dir():
-        raise FileNotFoundError(f"root (or MINI_RESDECAY_DATA) must be a folder, got {str(root)!r}")
     folder = folder / name if (folder / name).is_dir() else folder
     try:
+        if not root or not folder.is_dir():
+            raise FileNotFoundError("no such folder")
         if name == "imagefolder":
             return _image_folder(split, folder, size)
         return _idx(split, folder) if name == "fashion-mnist" else _parquet(name, split, folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"root (or --data, or MINI_RESDECAY_DATA) must be a folder that holds {_LAYOUT[name]}, "
+            f"got {str(root)!r}: {error}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{name} in {folder}: {error}") from error
 
@@ -214,8 +228,7 @@ def _read_idx(path: Path) -> Tensor:
     packed = path.read_bytes()
     try:
         raw = bytearray(gzip.decompress(packed))
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("not an IDX file of bytes")
+        require("it", raw[:3].hex(), raw[:3] == b"\0\0\x08", "be an IDX file of bytes (000008)")
         shape = np.frombuffer(raw, ">u4", raw[3], offset=4)
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
     except _DAMAGE as error:
@@ -228,7 +241,7 @@ def _parquet(name: str, split: str, folder: Path) -> ImageSet:
     pattern = f"{'train' if split == 'train' else source.test}-*.parquet"
     files = sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
     if not files:
-        raise FileNotFoundError(f"no {pattern} of {name} in {folder} or a folder inside it")
+        raise FileNotFoundError(f"no {pattern} in {folder} or a folder inside it")
     whole = files[0].stem.rpartition("-of-")[2]
     if whole.isdigit() and int(whole) != len(files):  # a shard alone is useful, but say so
         warnings.warn(f"{folder} holds {len(files)} of {int(whole)} {pattern}", stacklevel=3)
@@ -270,7 +283,7 @@ def _image_folder(split: str, folder: Path, size: int) -> ImageSet:
     found = sorted(folder.glob("[!.]*/[!.]*/[!.]*"))
     files = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not files:
-        raise FileNotFoundError(f"{folder} must hold split/class/image.jpg or .png, got none")
+        raise FileNotFoundError(f"no such image in {folder}")
     splits, classes = (tuple(sorted({path.parts[i] for path in files})) for i in (-3, -2))
     known("split", split, splits)
     files = [path for path in files if path.parts[-3] == split]
@@ -305,9 +318,10 @@ def _hub_rows(name: str, hub: str, split: str) -> Any:
         return datasets.load_dataset(hub, split=split)
     except Exception as error:  # whatever the hub's client raises, the remedy is the same
         extra = f"{_EXTRA}, or " if isinstance(error, ImportError) else ""
-        remedy = f"give root, or set MINI_RESDECAY_DATA, to a local folder that holds {name}/"
-        failed = f"{name} cannot be fetched from the Hugging Face hub ({hub}: {error})"
-        raise ConnectionError(f"{failed}; {extra}{remedy}") from error
+        raise ConnectionError(
+            f"{name} cannot be fetched from the Hugging Face hub ({hub}: {error}); {extra}"
+            f"give root, or set MINI_RESDECAY_DATA, to a folder that holds {_LAYOUT[name]}"
+        ) from error
 
 
 # ---- decoding, once ----
@@ -365,8 +379,7 @@ def _open(source: bytes | Path, sheet: Image.Image) -> Image.Image:
     stream = source if isinstance(source, Path) else io.BytesIO(source)
     # Only these two formats: for some others Pillow starts outside programs.
     with Image.open(stream, formats=("JPEG", "PNG")) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+        require("mode", image.mode, image.mode[0] not in "IF", "have at most 8 bits a channel")
         if isinstance(source, Path):
             image.draft(mode, (2 * size[0], 2 * size[1]))  # a JPEG shrinks while it is decoded
             return ImageOps.fit(image.convert(mode), size)
@@ -480,8 +493,10 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     if not images.is_floating_point() or not (images.abs() <= 1).all():  # NaN compares as False
-        got = f"{images.dtype} {images.min():.3g}…{images.max():.3g}"
-        raise ValueError(f"images must be uint8, or floats in [-1, 1] without NaN, got {got}")
+        raise ValueError(
+            "images must be uint8, or floats in [-1, 1] without NaN, got "
+            f"{images.dtype} {images.min():.3g}…{images.max():.3g}"
+        )
     return images.float()
 
 

@@ -218,6 +218,7 @@ class DiffusionRecipe(Recipe):
             ("sampling_steps", self.sampling_steps <= 1000, "be in 1…1000"),
             # Without mean weights the net itself would be measured, which autocasts.
             ("ema", 0 < self.ema < 1, "lie in (0, 1)"),
+            ("taps_as", self.long_skips or not self.taps_as, "be 0 without long skips"),
         ):
             require(name, getattr(self, name), fits, wanted)
 
@@ -700,14 +701,22 @@ def recipe_of(experiment: Experiment, tier: str, changes: Sequence[str] = ()) ->
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
+    many = isinstance(old, tuple)
+    wanted, read = _WORDS[type(old[0] if many else old)]
     try:
-        if isinstance(old, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return (
-            tuple(map(type(old[0]), text.split(","))) if isinstance(old, tuple) else type(old)(text)
-        )
+        return tuple(map(read, text.split(","))) if many else read(text)
     except (KeyError, ValueError):
-        raise ValueError(f"{key} must be of type {type(old).__name__}, got {text!r}") from None
+        raise ValueError(
+            f"{key} must be {wanted}{', or several with commas between' * many}, got {text!r}"
+        ) from None
+
+
+_WORDS: dict[type, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    int: ("a whole number", int),
+    float: ("a number", float),
+    str: ("text", str),
+}
 
 
 def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
@@ -717,24 +726,30 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def queue(
-    study: str, out: str | Path, part: int = 1, parts: int = 1, tier: str = "t4"
+    study: str,
+    out: str | Path,
+    part: int = 1,
+    parts: int = 1,
+    tier: str = "t4",
+    changes: Sequence[str] = (),
 ) -> list[tuple[Experiment, int]]:
     """What of a study is not recorded in `out` yet, by turns and seeds: what decides comes first.
 
     Of the whole study, part p of P has every P-th run: parts started at any time do not meet.
-    Raises ValueError for an unknown study, if `out` holds runs of it of another tier, and if a
-    judge that a run needs is not there.
+    Raises ValueError for an unknown study, if `out` holds one of these runs with other settings,
+    and if a judge that a run needs is not there.
     """
     known("study", study, {experiment.study for experiment in EXPERIMENTS.values()})
     runs = sorted(
         ((one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds),
         key=lambda run: (run[0].turn, run[1]),
     )
-    for path in (_record(*run, out) for run in runs):
-        there = results.read(path).recipe.get("tier", tier) if path.exists() else tier
-        require("tier", tier, there == tier, f"be {there}, that of {path}: one study, one tier")
-    left = [run for run in runs[part - 1 :: parts] if not _record(*run, out).exists()]
-    recipes = {one.tiers["t4"] for one, _ in left}
+    left = [
+        (one, seed)
+        for one, seed in runs[part - 1 :: parts]
+        if not _is_recorded(_record(one, seed, out), _plain(recipe_of(one, tier, changes), tier))
+    ]
+    recipes = {recipe_of(one, tier, changes) for one, _ in left}
     for data in sorted({one.data for one in recipes if isinstance(one, DiffusionRecipe)}):
         _kept_judge(data)
     return left
@@ -742,6 +757,19 @@ def queue(
 
 def _record(experiment: Experiment, seed: int, out: str | Path) -> Path:
     return Path(out) / experiment.study / f"{experiment.arm}-s{seed}.json"
+
+
+def _is_recorded(path: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the record is there; a ValueError if it has other settings than are asked for."""
+    old = _settings(results.read(path)) if path.exists() else {}
+    pairs = {k: (old[k], asked.get(k)) for k in old if old[k] != asked.get(k)}
+    require(
+        "out",
+        f"{path} with {pairs}, recorded and asked for",
+        not pairs,
+        "not hold this run with other settings",
+    )
+    return bool(old)
 
 
 def run(
@@ -761,21 +789,22 @@ def run(
     says that a record will be replaced. A UserWarning says so if the book's runs with these
     settings saw other images.
     Raises ValueError for unknown names and values, and if `out` holds this run with another
-    recipe.
+    recipe or takes no files.
     """
     require("seed", seed, seed >= 0, "be at least 0")
     experiment = get(name)
     recipe = recipe_of(experiment, tier, changes)
-    described = {"tier": tier, **_plain(asdict(recipe))}
+    described = _plain(recipe, tier)
     path = _record(experiment, seed, out)
-    if path.exists():
-        old = _settings(results.read(path), recipe)
-        if changed := {k: (old[k], described.get(k)) for k in old if old[k] != described.get(k)}:
-            told = f"{path} has {changed}, recorded and asked for"
-            raise ValueError(f"out must not hold this run with other settings: {told}")
+    if _is_recorded(path, described):
         if resume:
             return path
         PartialState().print(f"{path} is there and will be replaced; --resume keeps it", flush=True)
+    try:  # now, not after hours of training
+        write_whole(path.with_suffix(".tmp"), b"")
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder to write in, got {out} ({error})") from error
     work = Path(out) / f"unfinished/{name}-s{seed}-{sha256(repr(described).encode())[:8]}"
     keep = path.with_suffix(".safetensors") if seed == 0 and experiment.keeps else None
     outcome = (
@@ -807,15 +836,13 @@ def _compare_images(run: results.Run) -> None:
 def made_with(run: results.Run) -> str:
     """The tier of a record and each setting that is not that tier's: "tier=cpu, depth=4"."""
     recipe = recipe_of(get(f"{run.study}-{run.arm}"), run.recipe.get("tier", ""))
-    usual = _plain(asdict(recipe))
-    return ", ".join(
-        f"{k}={v}" for k, v in _settings(run, recipe).items() if (k, v) not in usual.items()
-    )
+    usual = _plain(recipe).items()
+    return ", ".join(f"{k}={v}" for k, v in _settings(run).items() if (k, v) not in usual)
 
 
-def _settings(run: results.Run, recipe: Any) -> dict[str, Any]:
+def _settings(run: results.Run) -> dict[str, Any]:
     """All of a record's recipe, the tier first; a field that came later had its default then."""
-    return {"tier": "", **_plain(asdict(type(recipe)())), **run.recipe}
+    return _plain(type(get(f"{run.study}-{run.arm}").tiers["t4"])()) | run.recipe
 
 
 # ---- the spiral ------------------------------------------------------------------------------
@@ -889,6 +916,12 @@ def _run_images(
     keep: Path | None,
 ) -> dict[str, Any]:
     prepare, diagnose, look, finish = _HOW[type(recipe)]
+    resume = resume and (work / "checkpoint.json").exists()
+    PartialState().print(
+        f"loads {recipe.data}, measures the untrained net, then "
+        f"{'goes on from its checkpoint' if resume else 'trains'}",
+        flush=True,
+    )
     train, test = (load(recipe.data, split, data) for split in ("train", "test"))
     train = _few(train, recipe.images, 0)
     state, batches, step = prepare(recipe, seed, train)
@@ -897,7 +930,7 @@ def _run_images(
     precision = state.accelerator.mixed_precision
     judge = [_judge(recipe, test)[1]] if isinstance(recipe, DiffusionRecipe) else []
     key = sha256(repr((recipe, precision, seed, train.fingerprint, *judge)).encode())
-    if resume and (work / "checkpoint.json").exists():
+    if resume:
         load_checkpoint(work, state, key)
     if look:
         step = _watched(step, len(batches), lambda: look(*looked_at))
@@ -987,9 +1020,11 @@ def _image_net(recipe: ImageRecipe, train: ImageSet) -> nn.Module:
 def _batches_seen(recipe: Any, train: ImageSet) -> int:
     most = len(train) // (2 if recipe.epochs == 1 else 1)
     require(
-        "batch", recipe.batch, recipe.batch <= most,
+        "batch",
+        recipe.batch,
+        recipe.batch <= most,
         f"be at most {most} for two batches of {len(train)} images (epochs={recipe.epochs})",
-    )  # fmt: skip
+    )
     return recipe.epochs * (len(train) // recipe.batch)
 
 
@@ -1057,11 +1092,12 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy, cross-entropy in nats, and expected calibration error over 15 bins."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    error = multiclass_calibration_error(logits.softmax(1), y, logits.shape[1], n_bins=15)
     return {
         "accuracy": _share_right(logits, y),
         "loss": F.cross_entropy(logits.double(), y).item(),
-        "calibration_error": error.item(),
+        "calibration_error": multiclass_calibration_error(
+            logits.softmax(1), y, logits.shape[1], n_bins=15
+        ).item(),
     }
 
 
@@ -1105,8 +1141,8 @@ def _generative_training(
     """What both kinds of net that make images share; `body` is the part that decays."""
     rule = f"{recipe.shortcut} with alpha_min {recipe.alpha_min:g}"
     require(
-        "shortcut", rule, not recipe.rates_as or rule == "plain with alpha_min 1",
-        "be plain with alpha_min 1 where rates_as is above 0",
+        "shortcut", rule, rule == "plain with alpha_min 1" or not recipe.rates_as + recipe.taps_as,
+        "be plain with alpha_min 1 where rates_as or taps_as is above 0",
     )  # fmt: skip
     ramp = alpha_schedule(len(body.blocks) // 2, recipe.rates_as or 1.0, recipe.kind)
     groups = (
@@ -1476,5 +1512,9 @@ def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[
     return [line["loss"] for line in state.history]
 
 
-def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()}
+def _plain(recipe: Recipe, tier: str = "") -> dict[str, Any]:
+    """A recipe as a record has it: the tier first, lists for tuples."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in {"tier": tier, **asdict(recipe)}.items()
+    }

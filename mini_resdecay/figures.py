@@ -76,6 +76,7 @@ HOUSE: dict[str, Any] = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
+    "axes.formatter.min_exponent": 3,  # 0.5, 1, 2 on logarithmic axes in place of powers
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,

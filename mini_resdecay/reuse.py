@@ -40,7 +40,10 @@ def layer_features(
     run in evaluation mode, `batch` inputs at a time, and left as it was.
     Raises ValueError for unknown modules or pool, and for a module that does not run just once.
     """
+    fits = inputs and all(isinstance(x, Tensor) for x in inputs)
+    require("inputs", [type(x).__name__ for x in inputs], fits, "be tensors")
     known("pool", str(pool), ("None", "mean", "patches", "cls"))
+    require("modules", f'"{modules}"', not isinstance(modules, str), "be a list of names")
     require("batch", batch, batch >= 1, "be at least 1")
     names = list(modules or ["stem", *(f"blocks.{i}" for i in range(len(_blocks(model))))])
     layers = dict(model.named_modules())
@@ -53,28 +56,35 @@ def layer_features(
         for start in starts:
             model(*(x[start : start + batch].to(device) for x in inputs))
     for name, outputs in taken.items():
-        if len(outputs) != len(starts):
-            raise ValueError(
-                f'modules must name layers that run once a pass; "{name}" ran '
-                f"{len(outputs)} times in {len(starts)} passes"
-            )
+        require(
+            "modules",
+            f'"{name}", which ran {len(outputs)} times in {len(starts)} passes',
+            len(outputs) == len(starts),
+            "name layers that run once a pass",
+        )
     return [torch.cat(outputs) for outputs in taken.values()]
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    if not isinstance(getattr(model, "blocks", None), nn.ModuleList) or not hasattr(model, "stem"):
-        raise ValueError(
-            "modules must name the layers of a net without .stem and .blocks, for instance "
-            f"{[name for name, _ in model.named_modules()][1:4]}"
-        )
+    require(
+        "modules",
+        None,
+        isinstance(getattr(model, "blocks", None), nn.ModuleList) and hasattr(model, "stem"),
+        "name the layers of a net without .stem and .blocks, for instance "
+        f"{[name for name, _ in model.named_modules()][1:4]}",
+    )
     return model.blocks  # type: ignore[return-value]
 
 
 def _take(outputs: list[Tensor], pool: str | None, layer: Any, args: Any, output: Any) -> None:
     """A forward hook: keep the output of a layer, pooled."""
     x: Tensor = output if isinstance(output, Tensor) else output[0]
-    if pool in ("cls", "patches") and x.dim() != 3:
-        raise ValueError(f'pool must be "mean" without tokens [n, t, d], got {tuple(x.shape)}')
+    require(
+        "pool",
+        tuple(x.shape),
+        x.dim() == 3 or pool in (None, "mean"),
+        'be "mean" without tokens [n, t, d]',
+    )
     if x.dim() == 4:
         x = rearrange(x, "n c h w -> n h w c")
     if pool == "mean" and x.dim() > 2:
@@ -219,12 +229,12 @@ def _normalised(hsic: Tensor) -> Tensor:
 
 
 def _only(pair: Tensor) -> float:
-    if pair.isnan().any():
-        raise ValueError("x and y must vary over their rows, got constant or zero features")
+    require("x and y", "constant or zero features", not pair.isnan().any(), "vary over their rows")
     return pair[0, 1].item()
 
 
 def _rows(x: Tensor) -> Tensor:
+    require("features", type(x).__name__, isinstance(x, Tensor), "be tensors")
     x = x.detach().to("cpu", torch.float64)
     require("features", tuple(x.shape), x.dim() >= 2, "have the shape [n, ..., d]")
     require("features", "NaN or infinity", x.isfinite().all(), "be finite")
@@ -240,9 +250,8 @@ def _centred(x: Tensor) -> Tensor:
 
 def _same_rows(layers: Sequence[Tensor]) -> Sequence[Tensor]:
     counts = sorted({len(x) for x in layers})
-    if len(counts) > 1:
-        hint = 'pool="mean" in layer_features makes them equal for images'
-        raise ValueError(f"features must have the same number of rows, got {counts}; {hint}")
+    told = f'{counts}; pool="mean" in layer_features makes them equal for images'
+    require("features", told, len(counts) <= 1, "have the same number of rows")
     return layers
 
 
@@ -338,8 +347,9 @@ def remove_top_component(x: Tensor) -> Tensor:
 
 def _singular_values(x: Tensor, centre: bool) -> Tensor:
     values = torch.linalg.svdvals(_centred(x) if centre else _rows(x))
-    if not values[0] > 0:
-        raise ValueError("x must hold a value that is not 0 (after centring, if asked for)")
+    require(
+        "x", "zeros", values[0] > 0, "hold a value that is not 0 (after centring, if asked for)"
+    )
     return values
 
 

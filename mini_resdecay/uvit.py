@@ -122,6 +122,8 @@ class UViT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if len(self.tap_scales) != len(self.skips):
+            raise ValueError(f"tap_scales must be {len(self.skips)}, one for each long skip")
         tokens, taps = self.stem(x, t, y), list[Tensor]()
         blocks = list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
         first_out = len(blocks) - len(self.skips)

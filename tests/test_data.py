@@ -435,25 +435,30 @@ def test_an_unknown_split(name, tmp_path):
 
 
 def test_root_must_be_a_folder(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"root \(or MINI_RESDECAY_DATA\).*nowhere"):
+    told = r"root \(or --data, or MINI_RESDECAY_DATA\).*cifar10/ with train-\*.parquet.*nowhere"
+    with pytest.raises(FileNotFoundError, match=told):
         load("cifar10", "test", tmp_path / "nowhere")
     monkeypatch.delenv("MINI_RESDECAY_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="root .* must be a folder, got ''"):
+    with pytest.raises(FileNotFoundError, match="root .* holds split/class/image.jpg .*, got ''"):
         load("imagefolder", "train")
 
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("cifar10", r"no test-\*.parquet of cifar10"),
-        ("tiny-imagenet-100", r"no valid-\*.parquet"),
-        ("fashion-mnist", "t10k-images-idx3-ubyte.gz"),
-        ("imagefolder", "split/class/image.jpg or .png, got none"),
+        (
+            "cifar10",
+            r"cifar10/ with train-\*.parquet and test-\*.parquet, got .*no test-\*.parquet",
+        ),
+        ("tiny-imagenet-100", r"with classes.tsv, .*valid-\*.parquet, got .*no valid-\*.parquet"),
+        ("fashion-mnist", r"four original files \*-ubyte.gz, got .*t10k-images-idx3-ubyte.gz"),
+        ("imagefolder", "split/class/image.jpg or .png, got .*no such image"),
     ],
 )
-def test_an_empty_folder(name, wanted, tmp_path):
-    with pytest.raises(FileNotFoundError, match=wanted):
+def test_an_empty_folder_is_told_what_belongs_there(name, wanted, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"MINI_RESDECAY_DATA.* must be .*{wanted}") as told:
         load(name, "test", tmp_path)
+    assert str(tmp_path) in str(told.value)
 
 
 def test_another_set_in_the_folder_is_not_taken_for_it(cifar, tmp_path):
@@ -466,7 +471,7 @@ def test_another_set_in_the_folder_is_not_taken_for_it(cifar, tmp_path):
 
 def test_tiny_imagenet_without_its_classes(tmp_path):
     write_parquet(tmp_path / "valid-0.parquet", [encoded(noise(64, 64, 3))], [0], "image")
-    with pytest.raises(FileNotFoundError, match="classes.tsv"):
+    with pytest.raises(FileNotFoundError, match="holds tiny-.*No such file.*classes.tsv"):
         load("tiny-imagenet-100", "test", tmp_path)
 
 
@@ -498,7 +503,11 @@ JPEG = encoded(noise(32, 32, 3), "JPEG")
             "row 1 is damaged: cannot iden",
         ),
         (encoded(noise(16, 32, 3)), 0, r"row 1 .*it must be 32×32 pixels, got \(32, 16\)"),
-        (encoded(noise(32, 32).astype(np.uint16)), 0, "more than 8 bits"),
+        (
+            encoded(noise(32, 32).astype(np.uint16)),
+            0,
+            "mode must have at most 8 bits a channel, got I;16",
+        ),
         (GOOD, 10, r"labels must lie in 0…9, got 0…10"),
         (GOOD, None, "test-0.parquet .*1 labels are missing"),
     ],
@@ -517,7 +526,10 @@ def test_a_bad_row_is_named(image, label, message, tmp_path):
         (lambda raw: b"", "images-idx3-ubyte.gz is damaged"),
         (lambda raw: raw[:40] + b"\x00\x00\x00\x00" + raw[44:], "images-idx3-ubyte.gz is damaged"),
         (lambda raw: gzip.compress(gzip.decompress(raw)[:-1]), "images-idx3-ubyte.gz is damaged"),
-        (lambda raw: gzip.compress(b"\0\0\x0d\x03" + bytes(40)), "not an IDX file of bytes"),
+        (
+            lambda raw: gzip.compress(b"\0\0\x0d\x03" + bytes(40)),
+            "it must be an IDX file of bytes .*, got 00000d",
+        ),
         (lambda raw: gzip.compress(b"\0\0\x08"), "images-idx3-ubyte.gz is damaged"),
         (lambda raw: idx(noise(7, 28, 27)), r"must be \[N, 28, 28\], got \[7, 28, 27\]"),
         (lambda raw: idx(noise(6, 28, 28)), r"got torch.uint8 \[6, 1, 28, 28\] and .* \[7\]"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -165,9 +166,11 @@ def test_changes_keep_the_type_of_the_field():
     ("change", "message"),
     [
         ("epoch=3", 'set must be one of .*"epoch"; did you mean "epochs"'),
-        ("epochs=many", "epochs must be of type int, got 'many'"),
-        ("flips=perhaps", "flips must be of type bool, got 'perhaps'"),
-        ("widths=a,b", "widths must be of type tuple, got 'a,b'"),
+        ("batch_size=8", 'set must be one of .*"batch_size"; did you mean "batch"'),
+        ("epochs=many", "epochs must be a whole number, got 'many'"),
+        ("lr=fast", "lr must be a number, got 'fast'"),
+        ("flips=perhaps", "flips must be true or false, got 'perhaps'"),
+        ("widths=a,b", "widths must be a whole number, or several with commas between, got 'a,b'"),
     ],
 )
 def test_bad_change_names_key_and_value(change, message):
@@ -633,15 +636,16 @@ def test_rates_of_the_arms_are_those_that_won_their_trials():
         ({"shortcut": "scaled-sum"}, "got scaled-sum with alpha_min 1"),
     ],
 )
-def test_rates_of_a_decay_need_plain_shortcuts(changes, told):
+@pytest.mark.parametrize("part", ["rates_as", "taps_as"])
+def test_rates_and_taps_of_a_decay_need_plain_shortcuts(part, changes, told):
     for kind, prepare in (
         (MaskedRecipe, experiments._masked_training),
         (DiffusionRecipe, experiments._diffusion_training),
     ):
-        recipe = kind(rates_as=0.5, batch=16, **changes)
+        recipe = kind(batch=16, **{part: 0.5}, **changes)
         with pytest.raises(ValueError) as error:
             prepare(recipe, 0, data.shapes(96, 96)[0])
-        wanted = "be plain with alpha_min 1 where rates_as is above 0"
+        wanted = "be plain with alpha_min 1 where rates_as or taps_as is above 0"
         assert str(error.value) == f"shortcut must {wanted}, {told}"
 
 
@@ -1266,6 +1270,27 @@ def test_study_runs_what_is_not_recorded_and_nothing_else(monkeypatch, tmp_path,
     assert ran == halves[1]
 
 
+def test_records_with_other_settings_are_not_taken_for_those_of_a_study(
+    tmp_path, monkeypatch, capsys
+):
+    experiments.run("spiral-relu", out=tmp_path, changes=QUICK)
+    monkeypatch.setattr(experiments, "run", lambda name, **rest: tmp_path)
+    capsys.readouterr()
+    assert main(["run", "spiral-study", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out must not hold this run with other settings, got ")
+    assert "relu-s0.json" in error and "'depth': (3, 32)" in error
+    left = experiments.queue("spiral", tmp_path, tier="cpu", changes=QUICK)
+    assert len(left) == 89 and (EXPERIMENTS["spiral-relu"], 0) not in left
+
+
+def test_all_records_of_the_book_are_those_of_its_studies():
+    for path in RECORDED:
+        run = results.read(path)
+        recipe = recipe_of(EXPERIMENTS[f"{run.study}-{run.arm}"], run.recipe["tier"])
+        assert experiments._is_recorded(path, experiments._plain(recipe, run.recipe["tier"]))
+
+
 def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
     """Else a run of tier cpu, the default, would stand among those of t4 and never be redone."""
     monkeypatch.setattr(experiments, "run", lambda name, **rest: tmp_path)
@@ -1274,13 +1299,88 @@ def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
     (tmp_path / "reuse" / book.name).write_bytes(book.read_bytes())
     assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "tier must be t4, that of" in error and "cifar10-s0.json" in error and "got cpu" in error
+    assert "other settings" in error and "cifar10-s0.json with {'tier': ('t4', 'cpu')" in error
     study = ["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]
     assert main(study) == 0 and "[5 of 5]" in capsys.readouterr().out
     for record in book.parent.glob("*.json"):
         (tmp_path / "reuse" / record.name).write_bytes(record.read_bytes())
     assert main(study) == 0
     assert capsys.readouterr().out == f"nothing left: all runs of reuse are in {tmp_path}\n"
+
+
+def test_seed_is_of_one_run_and_part_of_a_study(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(experiments, "run", lambda name, **rest: tmp_path)
+    for seed in ("0", "1"):
+        assert main(["run", "spiral-study", "--seed", seed]) == 2
+        told = f"error: --seed must be left out: a study has its own, got {seed}\n"
+        assert capsys.readouterr() == ("", told)
+    for part in ("1/1", "2/2"):
+        assert main(["run", "spiral-relu", "--part", part]) == 2
+        told = f"error: --part must be left out: it is for STUDY-study, got {part}\n"
+        assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize("below", ["", "runs/of/mine"])
+@pytest.mark.parametrize("name", ["spiral-relu", "reuse-cifar10"])
+def test_out_that_takes_no_files_is_noticed_before_training(
+    name, below, little_images, monkeypatch, tmp_path, capsys
+):
+    for part in ("_run_spiral", "_run_images"):
+        monkeypatch.setattr(experiments, part, lambda *rest: pytest.fail("trained first"))
+    (tmp_path / "file").write_text("no folder")
+    out = str(tmp_path / "file" / below)
+    assert main(["run", name, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: out must be a folder to write in, got {out} (")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write here")
+def test_out_without_permission_is_noticed_before_training(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main(["run", "spiral-relu", "--out", str(tmp_path)]) == 2
+    assert f"out must be a folder to write in, got {tmp_path}" in capsys.readouterr().err
+
+
+def test_nothing_but_the_record_is_left_in_out(tmp_path):
+    path = experiments.run("spiral-relu", out=tmp_path, changes=QUICK)
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+
+
+def test_run_on_images_says_at_once_what_it_does(little_images, monkeypatch, capsys):
+    load, real = experiments.load, experiments._classify
+
+    def slow(*name):
+        said.append(capsys.readouterr().out)
+        return load(*name)
+
+    def stops(state, batch):
+        os.kill(os.getpid(), 2)
+        return real(state, batch)
+
+    said = []
+    monkeypatch.setattr(experiments, "load", slow)
+    monkeypatch.setattr(experiments, "_classify", stops)
+    assert main(["run", "reuse-cifar10", "--set", *little_images]) == 130
+    monkeypatch.setattr(experiments, "_classify", real)
+    assert main(["run", "reuse-cifar10", "--resume", "--set", *little_images]) == 0
+    begin = "loads cifar10, measures the untrained net, then "
+    assert said == [f"{begin}trains\n", "", f"{begin}goes on from its checkpoint\n", ""]
+    assert main(["run", "spiral-relu", "--set", *QUICK]) == 0
+    assert capsys.readouterr().out.splitlines()[-1:] == ["recorded in runs/spiral/relu-s0.json"]
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "spiral-relu"]])  # a long and a short one
+def test_a_closed_pipe_ends_a_command_quietly(command, root):
+    with subprocess.Popen(
+        [sys.executable, "-m", "mini_resdecay", *command],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as printing:
+        printing.stdout.close()
+        assert printing.stderr.read() == b""
+    assert printing.returncode == 1
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1", "2/1"])
@@ -1298,7 +1398,7 @@ def test_run_with_other_settings_neither_replaces_a_record_nor_passes_for_it(lit
     path = experiments.run("reuse-cifar10", changes=little_images)
     before = path.read_bytes()
     for resume in (False, True):
-        with pytest.raises(ValueError, match=r"other settings: .*'lr': \(0\.002, 0\.5\)"):
+        with pytest.raises(ValueError, match=r"other settings, .*'lr': \(0\.002, 0\.5\)"):
             experiments.run("reuse-cifar10", resume=resume, changes=[*little_images, "lr=0.5"])
     assert path.read_bytes() == before
     assert not list(path.parents[1].glob("unfinished/*"))
@@ -1484,7 +1584,7 @@ def test_two_processes_write_one_record(tmp_path, launch):
     for folder, processes in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
         printed = launch(script, tmp_path / folder, processes)
-        assert printed.count("recorded in") == 4
+        assert printed.count("recorded in") == printed.count("measures the untrained net") == 4
         written = sorted((tmp_path / folder / "runs").glob("*/*.json"))
         found.append([results.read(path) for path in written])
     for one, two in zip(*found, strict=True):
@@ -1575,9 +1675,7 @@ def test_record_fits_the_schema_and_its_experiment(path):
     recipe = dict(run.recipe)
     wanted = experiment.tiers[recipe.pop("tier")]
     # A field that came later has the value that was meant all along: its default.
-    assert experiments._plain(dataclasses.asdict(wanted)) == experiments._plain(
-        dataclasses.asdict(type(wanted)(**recipe))
-    )
+    assert experiments._plain(wanted) == experiments._plain(type(wanted)(**recipe))
     assert path.name == f"{run.arm}-s{run.seed}.json"
 
 

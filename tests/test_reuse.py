@@ -807,7 +807,7 @@ def test_several_inputs_and_outputs_that_are_tuples():
 
 
 def test_a_layer_that_runs_twice_is_an_error():
-    with pytest.raises(ValueError, match=r'modules .*"shared" ran 2 times'):
+    with pytest.raises(ValueError, match=r'modules .*"shared", which ran 2 times'):
         layer_features(Twice(), spiral(10)[0], torch.zeros(10, 2), modules=["shared"])
 
 
@@ -871,6 +871,28 @@ def test_hugging_face_resnet():
 def test_unknown_pool_is_an_error():
     with pytest.raises(ValueError, match=r'pool .*"men"'):
         layer_features(mlp(), spiral(8)[0], pool="men")
+
+
+def test_one_name_instead_of_a_list_is_told_from_an_unknown_name():
+    with pytest.raises(ValueError, match='^modules must be a list of names, got "head"$'):
+        layer_features(mlp(), spiral(8)[0], modules="head")
+
+
+def test_what_is_no_tensor_is_named_before_the_net_runs():
+    with pytest.raises(ValueError, match=r"^inputs must be tensors, got \['ndarray'\]$"):
+        layer_features(mlp(), spiral(8)[0].numpy())
+    with pytest.raises(ValueError, match=r"^inputs must be tensors, got \[\]$"):
+        layer_features(mlp())
+
+
+def test_features_that_are_no_tensors_are_an_error_in_every_measure():
+    x = normal(60, 3).numpy()
+    for measure in (*MEASURES.values(), lambda x, y: similarity_map([x, y])):
+        with pytest.raises(ValueError, match="^features must be tensors, got ndarray$"):
+            measure(x, x)
+    for measure in (rank_entropy, effective_rank, participation_ratio, remove_top_component):
+        with pytest.raises(ValueError, match="^features must be tensors, got list$"):
+            measure([x])
 
 
 def test_a_batch_below_one_is_an_error():

@@ -158,6 +158,9 @@ def test_taps_can_be_scaled():
         for skip, scale in zip(heavy.skips, (0.5, 2.0), strict=True):  # the deepest joins first
             skip.weight[:, 16:] *= scale
     torch.testing.assert_close(loud(x, t), heavy(x, t), atol=1e-12, rtol=0)
+    loud.tap_scales = (2.0,)
+    with pytest.raises(ValueError, match="tap_scales must be 2, one for each long skip"):
+        loud(x, t)
 
 
 def test_alpha_1_is_the_plain_net_and_other_rules_have_their_name():

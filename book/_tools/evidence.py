@@ -559,7 +559,8 @@ DECAYED = (
             *rows(SHORT, "decay", SCHEDULES, KNN, beside=True),
         ),
         note="On the spiral, without norms and features, a ramp still learns at a product where "
-        "equal factors no longer do (chapter 5, live).",
+        "equal factors no longer do (chapter 5, live). Of generated images: "
+        "{ref}`B11 <claim-b11>`.",
         where="5 fig-05-spiral; 9",
     ),
     Claim(
@@ -760,11 +761,12 @@ DECAYED = (
         note="FD of 2000 images by the features of a small classifier: comparable with no FID. The "
         "rule, and so the verdict, is about FD alone; the claim's second half, features inside, "
         "is read in rows beside it. By the rule quoted, `no-skips` answers a question of its own "
-        "and `rates` tells whether step sizes explain what decay does; by a rule of its own, fixed "
-        "later, `taps` tells the same of louder long skips. Nothing is read unless the "
-        "judge finds the class that was asked for in half of the samples of `plain`, on average "
-        "over seeds and without guidance, and nothing of CIFAR-10 unless it does in those of "
-        "`cifar10-plain`. A net without classes is judged by the same condition on `plain`.",
+        "and `rates` tells whether step sizes explain what decay does. `taps` tells the same of "
+        f"louder long skips, by a “{EXPERIMENTS['diffusion-taps'].expects}”. "
+        "Nothing is read unless the judge finds the class that was asked for in half of the "
+        "samples of `plain`, on average over seeds and without guidance, and nothing of CIFAR-10 "
+        "unless it does in those of `cifar10-plain`. A net without classes is judged by the same "
+        "condition on `plain`.",
         where="11; 12",
     ),
     Claim(
@@ -847,7 +849,8 @@ DECAYED = (
         "`rates-taps` were added after the first three had been seen. "
         "E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
-        "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause.",
+        "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause. "
+        "Of generated images: {ref}`B11 <claim-b11>`.",
         where="5 fig-05-equal; 9",
     ),
     Claim(

@@ -35,6 +35,14 @@ def exercises(path: Path) -> dict[str, tuple[str, str]]:
     return {label: (one["text"], one["code"]) for label, one in found.items()}
 
 
+# Answers that a solution gives in words, not in code.
+IN_WORDS = {
+    "ex-11-5": (0.382, '`check("ex-11-5", 0.382)`'),
+    "ex-12-1": (30, "Together 30."),
+    "ex-12-2": ((0.10, 50_000), r"0.35 - 0.25 = 0.10$, and $500/n \le 0.01$ from $n = 50\,000$ on"),
+    "ex-12-5": ((2, 1), "is 2, and the largest of the"),
+    "ex-12-7": (("samples", "nearest", "seeds"), '`("samples", "nearest", "seeds")`'),
+}
 ALL = {label: one for path in CHAPTERS for label, one in exercises(path).items()}
 CODE = {label: one for label, one in ALL.items() if "*Code*" in one[0]}
 
@@ -82,3 +90,13 @@ def test_stub_runs_and_is_not_right(label):
 
 def test_every_check_belongs_to_an_exercise():
     assert set(EXERCISES) <= set(ALL)
+
+
+@pytest.mark.parametrize("label", IN_WORDS)
+def test_answer_in_words_stands_in_its_solution_and_is_right(label):
+    answer, words = IN_WORDS[label]
+    [path] = BOOK.glob(f"{label[3:5]}-*.ipynb")
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    solution = text.split(f"{{solution-start}} {label}\n")[1].split("{solution-end}")[0]
+    assert words in solution
+    assert check(label, answer)
