@@ -447,11 +447,10 @@ def shift(images: Tensor, pixels: int, generator: Generator | None = None) -> Te
     """
     batch, _, height, width = images.shape
     require("pixels", pixels, 0 <= pixels < min(height, width), f"be in 0…{min(height, width) - 1}")
-    offsets = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator)
-    top, left = _beside(images, offsets)
-    padded = F.pad(images, (pixels,) * 4)
+    drawn = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator)
+    top, left = _beside(images, drawn)
     # All (2·pixels + 1)² shifted views of every image, as strides and not as copies.
-    views = padded.unfold(2, height, 1).unfold(3, width, 1)
+    views = F.pad(images, (pixels,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     return views[torch.arange(batch, device=images.device), :, top, left]
 
 

@@ -36,8 +36,7 @@ def linear_betas(steps: int) -> Tensor:
 
 def cosine_betas(steps: int) -> Tensor:
     """Variances [steps] with which the signal falls as a cosine. Source: arXiv 2102.09672."""
-    part = torch.arange(steps + 1, dtype=torch.float64) / steps
-    part = (part + 0.008) / 1.008
+    part = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008
     left = (part * math.pi / 2).cos().square()
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 

@@ -42,8 +42,7 @@ def standardised(fit: Tensor, *others: Tensor) -> list[Tensor]:
     """
     deviation, centre = torch.std_mean(fit.float(), 0)
     # What rounding leaves of a constant feature is no feature: infinity makes it zero.
-    varies = deviation > 1e-6 * fit.float().abs().amax(0)
-    scale = torch.where(varies, deviation, math.inf)
+    scale = torch.where(deviation > 1e-6 * fit.float().abs().amax(0), deviation, math.inf)
     return [(x.float() - centre) / scale for x in (fit, *others)]
 
 
@@ -144,12 +143,14 @@ def linear_probe(
     for name, x in train.items():
         _check(x, train_y, test[name], test_y)
     grid = [(lr, wd) for lr in lrs for wd in weight_decays]
-    if steps < 1 or not grid or not all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid):
-        wanted = "steps must be at least 1, lrs above 0, weight_decays 0 or more, some and finite"
-        raise ValueError(f"{wanted}, got {steps}, {lrs}, {weight_decays}")
+    fits = steps >= 1 and grid and all(0 < r < math.inf and 0 <= w < math.inf for r, w in grid)
+    require(
+        "steps", f"{steps}, {lrs}, {weight_decays}", fits,
+        "be at least 1, lrs above 0, weight_decays 0 or more, some and finite",
+    )  # fmt: skip
     require("train_x", len(train_y), len(train_y) >= 10, "have at least 10 rows")
-    if (odd := int(test_y.max())) > (last := int(train_y.max())):
-        raise ValueError(f"test_y must be classes of train_y, 0…{last}, got {odd}")
+    odd, last = int(test_y.max()), int(train_y.max())
+    require("test_y", odd, odd <= last, f"be classes of train_y, 0…{last}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
     trials: dict[tuple[str, float, float], tuple[float, ...]] = {}
@@ -228,9 +229,11 @@ def fine_tuning_groups(
     """
     require("layer_decay", layer_decay, 0 < layer_decay <= 1, "lie in (0, 1]")
     blocks = paths(net)
-    if not blocks or not all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
-        wanted = "paths behind a LayerNorm, attention and MLP in turn"
-        raise ValueError(f"net must be a Classifier on a ViT: {wanted}; got {type(net).__name__}")
+    normed = blocks and all(isinstance(block.norm, nn.LayerNorm) for block in blocks)
+    require(
+        "net", type(net).__name__, normed,
+        "be a Classifier on a ViT: paths behind a LayerNorm, attention and MLP in turn",
+    )  # fmt: skip
     depth = len(blocks) // 2  # attention and MLP are one block here
     factors = {p: layer_decay ** (depth + 1) for n, p in net.named_parameters() if "stem." in n}
     for k, block in enumerate(blocks):
@@ -267,8 +270,7 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
             products.addmm_(off.T, off)
         count += len(x)
     require("batches", "none", count > 0, "hold at least one batch")
-    spread = products - total.outer(total) / count
-    return origin + total / count, spread / (count - 1 or math.nan)
+    return origin + total / count, (products - total.outer(total) / count) / (count - 1 or math.nan)
 
 
 @torch.no_grad()

@@ -1302,8 +1302,10 @@ def _diffusion_training(
 def _apart(train: ImageSet) -> list[ImageSet]:
     """What a denoiser is trained on, and what is held out of the train split: the last of it."""
     cut = len(train) - min(1000, len(train) // 10)
-    parts = zip(*(part.tensor_split([cut]) for part in (train.images, train.labels)), strict=True)
-    return [replace(train, images=images, labels=labels) for images, labels in parts]
+    return [
+        replace(train, images=train.images[part], labels=train.labels[part])
+        for part in (slice(cut), slice(cut, None))
+    ]
 
 
 def _process(recipe: DiffusionRecipe) -> Diffusion:

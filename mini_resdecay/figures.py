@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from . import known, require
+
 Array = NDArray[np.float64]
 Arrays = Mapping[str, ArrayLike]
 Names = Sequence[str]
@@ -91,8 +93,7 @@ def arm_styles(names: Names) -> dict[str, Style]:
     taken = {ARM_STYLE[name].colour for name in names if name in ARM_STYLE}
     others = [name for name in names if name not in ARM_STYLE]
     spare = sorted(OTHER_STYLES, key=lambda look: look.colour in taken)
-    if len(others) > len(spare):
-        raise ValueError(f"arms outside ARM_STYLE must be at most {len(spare)}, got {others}")
+    require("arms outside ARM_STYLE", others, len(others) <= len(spare), f"be at most {len(spare)}")
     return {name: ARM_STYLE.get(name) or spare[others.index(name)] for name in names}
 
 
@@ -103,11 +104,13 @@ def show(fig: plt.Figure, alt: str) -> None:
     is kept instead of shown; outside Jupyter nothing is shown.
     Raises ValueError for an `alt` under 40 characters and a figure wider than 7 inches.
     """
-    if len(alt.strip()) < SHORTEST_ALT:
-        wanted = "what the figure shows (kind of plot, axes, the finding with its number)"
-        raise ValueError(f"alt must say in {SHORTEST_ALT} characters or more {wanted}, got {alt!r}")
-    if fig.get_figwidth() > WIDEST:
-        raise ValueError(f"size must be at most {WIDEST} inches wide, got {fig.get_figwidth()}")
+    require(
+        "alt", repr(alt), len(alt.strip()) >= SHORTEST_ALT,
+        f"say in {SHORTEST_ALT} characters or more what the figure shows (kind of plot, axes, "
+        "the finding with its number)",
+    )  # fmt: skip
+    width = fig.get_figwidth()
+    require("size", width, width <= WIDEST, f"be at most {WIDEST} inches wide")
     raw, small = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, dpi=DPI)
     plt.close(fig)
@@ -118,8 +121,7 @@ def show(fig: plt.Figure, alt: str) -> None:
     if _open_frames:
         _open_frames[-1].append((png, alt))
     elif ipython is not None and ipython.get_ipython() is not None:
-        notes = {"image/png": {"alt": alt}}
-        ipython.display.display({"image/png": png}, raw=True, metadata=notes)
+        ipython.display.display({"image/png": png}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 @contextmanager
@@ -291,8 +293,7 @@ def heatmaps(
             bar.ax.axvline(null, color=VERMILLION, linewidth=3)
         if changes:
             _draw_maps(axes.flat[split:], changes, None, f"difference in\n{label}")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("layer i")
+        plt.setp(axes[:, 0], ylabel="layer i")
 
 
 def _draw_maps(block: Any, maps: Arrays, limits: tuple[float, float] | None, label: str) -> Any:
@@ -301,8 +302,7 @@ def _draw_maps(block: Any, maps: Arrays, limits: tuple[float, float] | None, lab
     top = max(float(np.nanmax(np.abs(array), initial=1e-12)) for array in arrays)
     low, high = limits or (-top, top)
     look = DIVERGING if low < 0 else DIVERGING | {"cmap": "viridis"}
-    for axis in block[len(arrays) :]:
-        axis.set_visible(False)
+    plt.setp(block[len(arrays) :], visible=False)
     for axis, title, array in zip(block, maps, arrays, strict=False):
         axis.patch.set(facecolor="#cccccc", hatch="///")
         image = axis.imshow(array, vmin=low, vmax=high, zorder=1, **look)
@@ -370,17 +370,17 @@ def input_maps(
     """
     maps = _array("values", values, len(row_labels), len(column_labels), -1, -1)
     shared = {"panel": (2, 3), "column": (0, 2, 3), "figure": (0, 1, 2, 3)}
-    if scale not in shared:
-        raise ValueError(f"scale must be one of {', '.join(shared)}, got {scale!r}")
-    maps = maps / np.nanmax(np.abs(maps), shared[scale], keepdims=True, initial=1e-12)
+    over = shared[known("scale", scale, shared)]
+    maps = maps / np.nanmax(np.abs(maps), over, keepdims=True, initial=1e-12)
     with _mosaic(row_labels, column_labels, alt) as axis:
         axis.set(xlabel="$x_1$, each from −1.2 to 1.2", ylabel="$x_2$, each from −1.2 to 1.2")
         for row, node in np.ndindex(maps.shape[:2]):
             x, y = PITCH * node, -PITCH * row
             place = (x, x + 1, y, y + 1)
             image = axis.imshow(maps[row, node], vmin=-1, vmax=1, extent=place, **DIVERGING)
-        name = f"value / largest of its {scale}"
-        axis.figure.colorbar(image, ax=axis, label=name, location="bottom", aspect=40)
+        axis.figure.colorbar(
+            image, ax=axis, label=f"value / largest of its {scale}", location="bottom", aspect=40
+        )
 
 
 @contextmanager
@@ -489,14 +489,14 @@ def _draw_part(axis: Any, i: int, down: float, part: str, name: str) -> None:
     height = down + 0.72 * inner
     ink, dash = (GREY, ":") if part == "not run" else (BLACK, "-")
     if inner:
-        path = ([i - 0.45, i - 0.45, i + 0.45, i + 0.45], [down, height, height, down])
-        axis.plot(*path, ink, ls=dash)
-        axis.plot(i + 0.45, down, "o", color=BLACK, mfc="white", ms=6)
-    box = plt.Rectangle((i - 0.3, height - 0.27), 0.6, 0.54, zorder=3, **PARTS[part])
-    axis.add_patch(box)
+        left, right = i - 0.45, i + 0.45
+        axis.plot([left, left, right, right], [down, height, height, down], ink, ls=dash)
+        axis.plot(right, down, "o", color=BLACK, mfc="white", ms=6)
+    axis.add_patch(plt.Rectangle((i - 0.3, height - 0.27), 0.6, 0.54, zorder=3, **PARTS[part]))
     look = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85}
-    middle = {"ha": "center", "va": "center", "zorder": 4, "fontsize": 10}
-    axis.text(i, height, name, color=ink, bbox=look, **middle)
+    axis.text(
+        i, height, name, ha="center", va="center", fontsize=10, color=ink, bbox=look, zorder=4
+    )
 
 
 def path_rows(mask: Any) -> dict[str, list[str]]:
@@ -530,5 +530,6 @@ def _spearman(x: Array, y: Array) -> float:
 
 def _legend_below(axes: Any, columns: int, title: str | None = None, **more: Any) -> None:
     found = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
-    look = {"loc": "outside lower center", "ncols": columns, "title": title, **more}
-    axes[0].figure.legend(handles=[*found.values()], **look)
+    axes[0].figure.legend(
+        handles=[*found.values()], loc="outside lower center", ncols=columns, title=title, **more
+    )

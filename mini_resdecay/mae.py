@@ -127,17 +127,18 @@ class MAE(nn.Module):
         super().__init__()
         known("arch", arch, ("standard", "paper", "bridge"))
         depth, dim = len(encoder.blocks) // 2, encoder.stem.embed.out_features
-        if arch != "standard" and depth % 2:
-            raise ValueError(f'encoder depth must be even for arch="{arch}", got {depth}')
-        if arch == "paper" and not isinstance(encoder.norm, nn.Identity):
-            raise ValueError('encoder must have final_norm=False for arch="paper", got True')
+        even, bare = depth % 2 == 0, isinstance(encoder.norm, nn.Identity)
+        require("encoder depth", depth, even or arch == "standard", f'be even for arch="{arch}"')
+        require("encoder", True, bare or arch != "paper", 'have final_norm=False for arch="paper"')
         require("decoder_depth", decoder_depth, decoder_depth >= 1, "be at least 1")
-        if decoder_dim < 4 or decoder_dim % 4:
-            raise ValueError(f"decoder_dim must be a multiple of 4 above 0, got {decoder_dim}")
-        if decoder_heads < 1 or decoder_dim % decoder_heads:
-            raise ValueError(
-                f"decoder_heads must divide decoder_dim {decoder_dim}, got {decoder_heads}"
-            )
+        require(
+            "decoder_dim", decoder_dim, decoder_dim >= 4 and decoder_dim % 4 == 0,
+            "be a multiple of 4 above 0",
+        )  # fmt: skip
+        require(
+            "decoder_heads", decoder_heads, decoder_heads >= 1 and decoder_dim % decoder_heads == 0,
+            f"divide decoder_dim {decoder_dim}",
+        )  # fmt: skip
         self.encoder, self.arch = encoder, arch
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         channels, side, _ = encoder.stem.shape

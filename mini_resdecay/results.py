@@ -14,7 +14,6 @@ import math
 import platform
 import re
 import subprocess
-import sys
 import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import REPO, __version__, known
+from . import REPO, __version__, known, require
 from .data import cache_folder, sha256, write_whole
 
 INDEX = Path(__file__).with_name("results.sha256")
@@ -186,8 +185,7 @@ def encoder_weights(run: Run, root: str | Path | None = None) -> dict[str, Tenso
 
 def summary(runs: Sequence[Run], metric: str) -> tuple[float, float, int]:
     """Mean, standard deviation (n − 1; 0 for one run) and number of runs."""
-    if not runs:
-        raise ValueError("runs is empty: there is nothing to summarise")
+    require("runs", "none", runs, "hold at least one")
     values = [value(run, metric) for run in runs]
     return mean(values), stdev(values) if len(values) > 1 else 0.0, len(values)
 
@@ -215,9 +213,11 @@ def compare(a: Sequence[Run], b: Sequence[Run], metric: str) -> Interval:
     Raises ValueError unless both have the same seeds, each once.
     """
     left, right = ({run.seed: value(run, metric) for run in runs} for runs in (a, b))
-    if left.keys() != right.keys() or not len(left) == len(a) == len(b):
-        got = f"{[run.seed for run in a]} and {[run.seed for run in b]}"
-        raise ValueError(f"a and b must have the same seeds, each once; got {got}")
+    require(
+        "a and b", f"{[run.seed for run in a]} and {[run.seed for run in b]}",
+        left.keys() == right.keys() and len(left) == len(a) == len(b),
+        "have the same seeds, each once",
+    )  # fmt: skip
     return paired_interval(*([side[seed] for seed in left] for side in (left, right)))
 
 
@@ -266,10 +266,9 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     from scipy import optimize, stats  # here: it takes half a second to import
 
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"a and b must be two or more pairs, got shapes {x.shape} and {y.shape}")
-    if not np.isfinite(x).all() or not np.isfinite(y).all():
-        raise ValueError("a and b must be finite")
+    fits = x.ndim == 1 and x.shape == y.shape and len(x) >= 2
+    require("a and b", f"shapes {x.shape} and {y.shape}", fits, "be two or more pairs")
+    require("a and b", "NaN or infinity", np.isfinite([x, y]).all(), "be finite")
     n = len(x)
     critical = stats.t.ppf(0.975, n - 1)
     found = optimize.brentq(lambda c: stats.nct.sf(critical, n - 1, c) - 0.8, 0.0, 4 * critical)
@@ -360,9 +359,9 @@ def _peak(gpu: bool) -> float:
     """Most memory so far, in GiB: of the GPU, or else of this process."""
     if gpu:
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":  # has no getrusage
+    if platform.system() == "Windows":  # has no getrusage
         return 0.0
     import resource
 
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes or KiB
+    unit = 2**30 if platform.system() == "Darwin" else 2**20  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

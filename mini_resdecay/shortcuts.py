@@ -316,9 +316,10 @@ def output_projections(model: nn.Module) -> list[nn.Linear]:
                     f"and a two-layer MLP: {block}"
                 )
             found += linears[-3::2]
-    if not found:
-        wanted = "Residual paths, or blocks with two LayerNorms (before attention, before the MLP)"
-        raise ValueError(f"model must have {wanted}; {type(model).__name__} has neither")
+    require(
+        "model", type(model).__name__, found,
+        "have Residual paths, or blocks with two LayerNorms (before attention, before the MLP)",
+    )  # fmt: skip
     return found
 
 
@@ -356,8 +357,7 @@ def fold_gains(model: nn.Module, alphas: Sequence[float]) -> None:
 
 def _gains(model: nn.Module, alphas: Sequence[float]) -> dict[nn.Parameter, float]:
     layers = output_projections(model)
-    if len(layers) != len(alphas):
-        raise ValueError(f"alphas must be one a sub-layer, {len(layers)}, got {len(alphas)}")
+    require("alphas", len(alphas), len(layers) == len(alphas), f"be one a sub-layer, {len(layers)}")
     pairs = zip(layers, branch_gains(alphas), strict=True)
     return {parameter: gain for layer, gain in pairs for parameter in layer.parameters()}
 
@@ -380,11 +380,10 @@ def gain_groups(
     sub-layers, for instance the encoder of an autoencoder; the whole model if not given.
     Raises ValueError as `output_projections` does, and if `alphas` do not count its layers.
     """
-    gains = _gains(within or model, alphas)
     return [
         {"params": params, "lr": lr * gain**power, "eps": eps / gain}
         | {"weight_decay": weight_decay / gain**power if decayed else 0.0}
-        for (gain, decayed), params in _split(model, gains).items()
+        for (gain, decayed), params in _split(model, _gains(within or model, alphas)).items()
     ]
 
 

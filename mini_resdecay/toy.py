@@ -176,8 +176,7 @@ class StackedNets(nn.Module):
         blocks = paths(nets[0])
         self.keep = [_share_kept(block.rule) for block in blocks]
         self.act, self.backward_act = _IN_PLACE[type(blocks[0].branch.get_submodule("1"))]
-        shape = len(nets), n, self.weight.shape[-1]
-        self.memory = self.weight.new_empty(2, len(blocks), *shape)
+        self.memory = self.weight.new_empty(2, len(blocks), len(nets), n, self.weight.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(_Blocks.apply(self.stem(x), self.weight, self.bias, self))
@@ -223,8 +222,8 @@ def train_together(
     Raises ValueError for nets of different shape or rule or under a path mask, and if a loss is
     not finite.
     """
-    if len(shapes := {str(net) for net in nets}) != 1:
-        raise ValueError(f"nets must be of one architecture, got {len(shapes)}")
+    shapes = {str(net) for net in nets}
+    require("nets", len(shapes), len(shapes) == 1, "be of one architecture")
     if any(block.mask is not None for net in nets for block in paths(net)):
         raise ValueError("nets must be without a path mask: all paths are trained here")
     stacked = StackedNets(nets, len(x))

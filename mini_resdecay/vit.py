@@ -50,12 +50,13 @@ class Stem(nn.Module):
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        expected = ", ".join(map(str, self.shape))
         require(
-            "images", tuple(images.shape), images.shape[1:] == self.shape, f"be [B, {expected}]"
+            "images", tuple(images.shape), images.shape[1:] == self.shape,
+            "be [B, {}, {}, {}]".format(*self.shape),
+        )  # fmt: skip
+        patches = rearrange(
+            images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size
         )
-        size = {"p": self.patch_size, "q": self.patch_size}
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", **size)
         places = self.positions[1:]
         if keep is not None:
             rows = torch.arange(len(keep), device=keep.device)[:, None]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from . import require
+
 if TYPE_CHECKING:
     import ipywidgets
 
@@ -22,11 +24,10 @@ def stepper(
     Raises ValueError if the three lists differ in length, or the frames in size;
     ImportError if ipywidgets is not installed.
     """
-    if not 2 <= len(pngs) == len(alts) == len(labels):
-        raise ValueError(
-            "pngs, alts and labels must be equally many and at least 2, "
-            f"got {len(pngs)}, {len(alts)} and {len(labels)}"
-        )
+    require(
+        "pngs, alts and labels", f"{len(pngs)}, {len(alts)} and {len(labels)}",
+        2 <= len(pngs) == len(alts) == len(labels), "be equally many and at least 2",
+    )  # fmt: skip
     try:
         import ipywidgets as widgets
     except ImportError as error:
@@ -34,8 +35,7 @@ def stepper(
             "a figure that moves needs the package ipywidgets: pip install ipywidgets"
         ) from error
     sizes = {Image.open(io.BytesIO(png)).size for png in pngs}
-    if len(sizes) > 1:
-        raise ValueError(f"pngs must all have one size, got {sorted(sizes)} pixels")
+    require("pngs", f"{sorted(sizes)} pixels", len(sizes) == 1, "all have one size")
     pictures = [widgets.HTML(_img(*pair, *sizes)) for pair in zip(pngs, alts, strict=True)]
     slider = widgets.SelectionSlider(
         options=[(label, i) for i, label in enumerate(labels)],
@@ -59,8 +59,7 @@ def stepper(
 
 
 def _img(png: bytes, alt: str, size: tuple[int, int]) -> str:
-    if not alt.strip():
-        raise ValueError(f"alts must each describe their frame, got {alt!r}")
+    require("alts", repr(alt), alt.strip(), "each describe their frame")
     data = base64.b64encode(png).decode("ascii")
     # ipywidgets.Image has no alt attribute; an <img> inside an HTML widget has.
     return (

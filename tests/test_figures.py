@@ -394,7 +394,7 @@ def test_tensors_draw_like_arrays():
         ),
         (
             lambda: figures.input_maps(PLANES, ROWS, COLUMNS, alt=ALT, scale="row"),
-            "scale must be one of panel, column, figure, got 'row'",
+            'scale must be one of panel, column, figure, got "row"',
         ),
         (lambda: figures.image_grid(PLANES[:, 0], alt=ALT, titles=["one"]), "shorter"),
         (lambda: figures.arm_styles("abcdefgh"), "arms outside ARM_STYLE must be at most 7"),

@@ -393,7 +393,7 @@ def test_value_follows_a_path() -> None:
 def test_summary() -> None:
     assert summary(with_metric([1.0, 2.0, 6.0]), "test.accuracy") == (3.0, math.sqrt(7.0), 3)
     assert summary(with_metric([2.0]), "test.accuracy") == (2.0, 0.0, 1)
-    with pytest.raises(ValueError, match="runs is empty"):
+    with pytest.raises(ValueError, match="runs must hold at least one, got none"):
         summary([], "test.accuracy")
 
 
@@ -516,7 +516,7 @@ def test_decided_pairs_the_seeds_that_both_arms_have() -> None:
         decided(a[:2], b, "test.accuracy")
     with pytest.raises(ValueError, match="two or more pairs"):
         decided([], b, "test.accuracy")
-    with pytest.raises(ValueError, match=r"each once; got \[1, 1, 2\] and \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"each once, got \[1, 1, 2\] and \[1, 2\]"):
         decided([a[1], *a], b, "test.accuracy")
 
 
@@ -529,9 +529,9 @@ def test_compare_pairs_by_seed() -> None:
     a = with_metric([1.0, 2.0, 4.0])
     b = with_metric([0.0, 1.5, 3.0], "decay")
     assert compare(a[::-1], b, "test.accuracy") == paired_interval([1, 2, 4], [0, 1.5, 3])
-    with pytest.raises(ValueError, match=r"same seeds, each once; got \[0, 1, 2\] and \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"same seeds, each once, got \[0, 1, 2\] and \[1, 2, 3\]"):
         compare(a, with_metric([0.0, 1.5, 3.0], "decay", first=1), "test.accuracy")
-    with pytest.raises(ValueError, match=r"each once; got \[0, 0\] and \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"each once, got \[0, 0\] and \[0, 0\]"):
         compare([a[0], a[0]], [b[0], b[0]], "test.accuracy")
 
 

@@ -648,10 +648,10 @@ def test_output_projections_are_found_in_nets_of_all_kinds():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (lambda: nn.Linear(2, 2), "model must have Residual paths, or blocks .*; Linear has"),
+        (lambda: nn.Linear(2, 2), "model must have Residual paths, or blocks .*, got Linear"),
         (
             lambda: BertModel(BertConfig(hidden_size=24, num_hidden_layers=1)),
-            "model must have .*; BertModel has",
+            "model must have .*, got BertModel",
         ),
         (lambda: nn.TransformerEncoderLayer(16, 4, 32), "must have their norms first"),
         (lambda: tiny(2, alpha_min=0.5), r"must have rule Plain.*\n.*"),
