@@ -559,8 +559,7 @@ DECAYED = (
             *rows(SHORT, "decay", SCHEDULES, KNN, beside=True),
         ),
         note="On the spiral, without norms and features, a ramp still learns at a product where "
-        "equal factors no longer do (chapter 5, live). Of generated images: "
-        "{ref}`B11 <claim-b11>`.",
+        "equal factors no longer do (chapter 5, live). Of generated images: B11.",
         where="5 fig-05-spiral; 9",
     ),
     Claim(
@@ -850,7 +849,7 @@ DECAYED = (
         "E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. If groups alone give the gain, the reading "
         "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause. "
-        "Of generated images: {ref}`B11 <claim-b11>`.",
+        "Of generated images: B11.",
         where="5 fig-05-equal; 9",
     ),
     Claim(
