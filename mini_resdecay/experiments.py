@@ -744,11 +744,11 @@ def queue(
         ((one, seed) for one in EXPERIMENTS.values() if one.study == study for seed in one.seeds),
         key=lambda run: (run[0].turn, run[1]),
     )
-    left = [
-        (one, seed)
-        for one, seed in runs[part - 1 :: parts]
-        if not _is_recorded(_record(one, seed, out), _plain(recipe_of(one, tier, changes), tier))
+    done = [
+        _is_recorded(_record(one, seed, out), _plain(recipe_of(one, tier, changes), tier))
+        for one, seed in runs
     ]
+    left = [runs[k] for k in range(part - 1, len(runs), parts) if not done[k]]
     recipes = {recipe_of(one, tier, changes) for one, _ in left}
     for data in sorted({one.data for one in recipes if isinstance(one, DiffusionRecipe)}):
         _kept_judge(data)
@@ -765,7 +765,7 @@ def _is_recorded(path: Path, asked: Mapping[str, Any]) -> bool:
     pairs = {k: (old[k], asked.get(k)) for k in old if old[k] != asked.get(k)}
     require(
         "out",
-        f"{path} with {pairs}, recorded and asked for",
+        f"{path} with {pairs}, recorded and asked for: give those of the record, or another out",
         not pairs,
         "not hold this run with other settings",
     )

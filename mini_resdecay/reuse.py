@@ -347,9 +347,7 @@ def remove_top_component(x: Tensor) -> Tensor:
 
 def _singular_values(x: Tensor, centre: bool) -> Tensor:
     values = torch.linalg.svdvals(_centred(x) if centre else _rows(x))
-    require(
-        "x", "zeros", values[0] > 0, "hold a value that is not 0 (after centring, if asked for)"
-    )
+    require("x", "none", values[0] > 0, "hold a value that is not 0 (after centring, if asked for)")
     return values
 
 

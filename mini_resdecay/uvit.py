@@ -80,8 +80,8 @@ class UViT(nn.Module):
     `kind`. `zero_init` starts branches and head at zero. Each tap, shallow to deep, is multiplied
     by its entry in `tap_scales` (1.0 unless set). `stem` (see `Tokens`) and `blocks` are what
     `reuse.layer_features(uvit, x_t, t)` reads: one call a noise level.
-    Raises ValueError for sizes that do not divide, an odd depth or dim, and a shortcut that cannot
-    use `alpha_min`.
+    Raises ValueError for sizes that do not divide, an odd depth or dim, a shortcut that cannot use
+    `alpha_min`, and for `tap_scales` of another number.
     Differs from the source: Xavier-uniform weights, and eps 1e-6 where that has 1e-5, which damps
     the last layers of a small decayed net.
     """
@@ -122,8 +122,8 @@ class UViT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        if len(self.tap_scales) != len(self.skips):
-            raise ValueError(f"tap_scales must be {len(self.skips)}, one for each long skip")
+        given, wanted = len(self.tap_scales), len(self.skips)
+        require("tap_scales", given, given == wanted, f"be {wanted}, one for each long skip")
         tokens, taps = self.stem(x, t, y), list[Tensor]()
         blocks = list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
         first_out = len(blocks) - len(self.skips)

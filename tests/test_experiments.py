@@ -672,7 +672,7 @@ def test_a_field_that_came_after_a_record_had_its_default(little_images):
     old = {key: value for key, value in run.recipe.items() if key not in later}
     results.write(dataclasses.replace(run, recipe=old), path.parents[1])
     assert experiments.run("mae-standard", changes=changes, resume=True) == path
-    with pytest.raises(ValueError, match=r"other settings: .*'norms_as': \(0\.0, 0\.5\)"):
+    with pytest.raises(ValueError, match=r"other settings, got .*'norms_as': \(0\.0, 0\.5\)"):
         experiments.run("mae-standard", changes=[*changes, "norms_as=0.5"], resume=True)
     # Checkpoints are of a `repr`, which has not grown.
     assert repr(MaskedRecipe(tuned_images=5)) == repr(MaskedRecipe())
@@ -977,11 +977,14 @@ def test_D03_equal_steps_are_decay_but_for_the_long_skips_and_the_norms(skips, m
     ]
     assert len(expected) == 25 and gaps[0] < 1e-10
     assert (gaps[1] > 1e-4) == skips  # without long skips, steps are all of it
-    # Equal steps and loud taps leave of decay only the norms and the joins' biases.
-    both = dataclasses.replace(steps, taps_as=decay.alpha_min)
-    assert (denoising_losses(both, images, with_biases) - expected).abs().max() < 1e-10
-    taps = dataclasses.replace(both, rates_as=0.0)
-    assert (denoising_losses(taps, images, with_biases) - expected).abs().max() > 1e-4
+    if skips:  # equal steps and loud taps leave of decay only the norms and the joins' biases
+        both = dataclasses.replace(steps, taps_as=decay.alpha_min)
+        assert (denoising_losses(both, images, with_biases) - expected).abs().max() < 1e-10
+        taps = dataclasses.replace(both, rates_as=0.0)
+        assert (denoising_losses(taps, images, with_biases) - expected).abs().max() > 1e-4
+    else:
+        with pytest.raises(ValueError, match="taps_as must be 0 without long skips, got 0.234"):
+            dataclasses.replace(steps, taps_as=decay.alpha_min)
     plain = recipe_of(DIFFUSION["plain"], "t4", changes)
     assert (denoising_losses(plain, images) - expected).abs().max() > 1e-4
 
@@ -1300,6 +1303,9 @@ def test_a_study_is_of_one_tier(tmp_path, monkeypatch, capsys):
     assert main(["run", "reuse-study", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "other settings" in error and "cifar10-s0.json with {'tier': ('t4', 'cpu')" in error
+    for part in ("1/2", "2/2"):
+        assert main(["run", "reuse-study", "--part", part, "--out", str(tmp_path)]) == 2
+        assert "other settings" in capsys.readouterr().err
     study = ["run", "reuse-study", "--tier", "t4", "--out", str(tmp_path)]
     assert main(study) == 0 and "[5 of 5]" in capsys.readouterr().out
     for record in book.parent.glob("*.json"):
