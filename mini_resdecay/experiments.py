@@ -1107,17 +1107,7 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
     set_seed(seed)
-    _, channels, side, _ = train.images.shape
-    net = MAE(
-        encoder_of(recipe, side, channels),
-        recipe.decoder_dim,
-        recipe.decoder_depth,
-        recipe.decoder_heads,
-        recipe.mask_ratio,
-        arch=recipe.arch,
-    )
-    shares = alpha_schedule(recipe.depth, recipe.taps_as or 1.0, recipe.kind)
-    net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
+    net = _mae_of(recipe, *train.images.shape[1:3])
     return _generative_training(
         recipe, seed, train, cpu, net, net.encoder, _reconstruct,
         _crop_and_flip,
@@ -1170,6 +1160,35 @@ def encoder_of(recipe: MaskedRecipe, side: int, channels: int) -> ViT:
     ramps = (alpha_schedule(recipe.depth, end, recipe.kind) for end in ends)
     rescale_norms(encoder, [wanted / own for wanted, own in zip(*ramps, strict=True)])
     return encoder
+
+
+def _mae_of(recipe: MaskedRecipe, channels: int, side: int) -> MAE:
+    net = MAE(
+        encoder_of(recipe, side, channels),
+        recipe.decoder_dim,
+        recipe.decoder_depth,
+        recipe.decoder_heads,
+        recipe.mask_ratio,
+        arch=recipe.arch,
+    )
+    shares = alpha_schedule(recipe.depth, recipe.taps_as or 1.0, recipe.kind)
+    net.tap_scales = tuple(effective_alpha(shares[: 2 * tap + 2]) for tap in net.taps)
+    return net
+
+
+def kept_mae(run: results.Run, root: str | Path | None = None) -> MAE:
+    """The masked autoencoder that seed 0 of an arm kept, encoder and decoder, as trained.
+
+    Raises ValueError if the run kept none, as those of study `mae`, which kept the encoder alone.
+    """
+    kept = results.kept_tensors(run, root)
+    require("run", f"{run.study}-{run.arm}", "mae.token" in kept, "have kept its decoder")
+    recipe = MaskedRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"})
+    patches, pixels = len(kept["stem.positions"]) - 1, kept["stem.embed.weight"].shape[1]
+    net = _mae_of(recipe, pixels // recipe.patch**2, recipe.patch * math.isqrt(patches))
+    whole = ((k if k.startswith("mae.") else f"mae.encoder.{k}", v) for k, v in kept.items())
+    net.load_state_dict({k.removeprefix("mae."): v for k, v in whole})
+    return net.eval()
 
 
 def _reconstruct(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ this book's own: long skips, and the encoder's last state as in `standard`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +32,14 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 def standardise(patches: Tensor) -> Tensor:
     """Each patch of [B, N, P] less its mean, over its deviation: sqrt(variance + 1e-6)."""
-    centred = patches - patches.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / max(patches.shape[-1] - 1, 1)
-    return centred / (variance + 1e-6).sqrt()
+    mean, deviation = _level(patches)
+    return (patches - mean) / deviation
+
+
+def _level(patches: Tensor) -> tuple[Tensor, Tensor]:
+    mean = patches.mean(-1, keepdim=True)
+    squares = (patches - mean).square().sum(-1, keepdim=True)
+    return mean, (squares / max(patches.shape[-1] - 1, 1) + 1e-6).sqrt()
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
@@ -200,6 +205,26 @@ class MAE(nn.Module):
                 y = y + self.skips[k // 2](taps[-1 - k // 2], y, restore)
             y = block(y)
         return self.head(self.norm(y[:, 1:]))
+
+
+@torch.no_grad()
+def side_by_side(nets: Sequence[MAE], images: Tensor, noise: Tensor) -> Tensor:
+    """What the nets see of each image, what each makes of it, and the image.
+
+    Images [B, C, H, W] and noise [B, N] to pictures [B * (2 + nets), C, H, W]. Hidden patches are
+    light grey, then as predicted. Nets of `norm_pix` predict neither the mean nor the deviation
+    of a patch: both are taken from the image.
+    """
+    size = nets[0].encoder.stem.patch_size
+    patches = patchify(images, size)
+    mean, deviation = _level(patches)
+    views = [torch.full_like(patches, 0.8)]
+    for net in nets:
+        _, pred, mask = net(images, noise)
+        views.append(pred * deviation + mean if net.norm_pix else pred)
+    hidden = mask[:, None, :, None] > 0  # the same for all: they are given the noise
+    rows = torch.where(hidden, torch.stack([*views, patches], 1), patches[:, None])
+    return unpatchify(rows.flatten(0, 1), size)
 
 
 # ---- weights of others ----

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.spatial
 import torch
 
@@ -702,10 +703,13 @@ def test_masked_autoencoder_is_recorded_with_its_encoder(little_images, arm):
     body.load_state_dict(results.encoder_weights(run, "runs"))
     assert any(block.branch.out.weight.abs().sum() > 0 for block in body.blocks)
     # The rest is there too, so that a recorded net can reconstruct.
-    kept = results.kept_tensors(run, "runs")
-    net = experiments._masked_training(recipe, 0, data.shapes(96, 96)[0], cpu=True)[0].net
-    whole = {"encoder." * (k[:4] != "mae.") + k.removeprefix("mae."): v for k, v in kept.items()}
-    net.load_state_dict(whole)
+    net = experiments.kept_mae(run, "runs")
+    noise = torch.rand(600, 16, generator=torch.Generator().manual_seed(0))
+    x = data.to_float(data.shapes(600, 1)[0].images)
+    fresh = experiments._masked_training(recipe, 0, data.shapes(96, 96)[0], cpu=True)[0].net
+    assert net(x, noise).loss < fresh(x, noise).loss
+    assert net.encoder.state_dict().keys() == body.state_dict().keys()
+    assert all(v.equal(body.state_dict()[k]) for k, v in net.encoder.state_dict().items())
 
 
 def test_probe_of_the_best_block_is_that_of_this_block_alone():
@@ -721,6 +725,12 @@ def test_encoder_of_a_record_is_checked(little_images):
     changes = [change for change in little_images if change[0] != "b" and "widths" not in change]
     path = experiments.run("mae-decay", changes=[*changes, "batch=16", *LITTLE])
     run = results.read(path)
+    parts = safetensors.torch.load_file(path.with_suffix(".safetensors"))
+    alone = safetensors.torch.save({k: v for k, v in parts.items() if not k.startswith("mae.")})
+    path.with_suffix(".safetensors").write_bytes(alone)
+    run.metrics["encoder"]["sha256"] = data.sha256(alone)
+    with pytest.raises(ValueError, match="run must have kept its decoder, got mae-decay"):
+        experiments.kept_mae(run, "runs")
     path.with_suffix(".safetensors").write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the file that its run kept"):
         results.encoder_weights(run, "runs")

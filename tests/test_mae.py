@@ -20,6 +20,7 @@ from mini_resdecay.mae import (
     masked_loss,
     patchify,
     random_masking,
+    side_by_side,
     standardise,
     unpatchify,
 )
@@ -566,6 +567,22 @@ def test_the_stream_stays_float32_under_autocast(arch):
     exact.loss.backward()
     pairs = zip(slopes, [w.grad for w in mae.parameters() if w.grad is not None], strict=True)
     assert all((a - b).norm() <= 0.1 * b.norm() + 1e-3 for a, b in pairs)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_side_by_side_shows_what_is_seen_what_is_made_of_it_and_the_image(norm_pix):
+    images, noise = pictures(2), torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    silent = small("paper", zero_init=True, norm_pix=norm_pix)  # predicts 0
+    exact = small("paper", zero_init=True, norm_pix=norm_pix)
+    patches = patchify(images, 2)
+    target = standardise(patches) if norm_pix else patches
+    exact.decode = lambda *_: target
+    views = side_by_side([silent, exact], images, noise).view(2, 4, 3, 8, 8)
+    hidden = random_masking(noise, 0.75)[1][..., None] > 0
+    level = patches.mean(-1, keepdim=True) if norm_pix else torch.zeros(1, dtype=torch.float64)
+    for view, expected in zip(views.unbind(1), (0.8, level, patches, patches), strict=True):
+        wanted = torch.where(hidden, torch.as_tensor(expected, dtype=torch.float64), patches)
+        assert patchify(view, 2).allclose(wanted, atol=1e-12)
 
 
 def test_a_nan_in_any_pixel_is_a_nan_in_the_loss():
