@@ -432,16 +432,17 @@ def _draw_pictures(
 ) -> None:
     columns, (high, wide, _) = min(columns, len(pictures)), pictures[0].shape
     rows, named = math.ceil(len(pictures) / columns), zip(pictures, titles, strict=True)
+    points = 12 if place == "left" else 9  # a row has room for its name, a small picture has not
     with canvas(
         rows,
         columns,
         alt=alt,
-        size=(WIDEST, rows * (WIDEST / columns * high / wide + 0.25)),
+        size=(WIDEST, rows * (WIDEST / columns * high / wide + 0.1 + points / 60)),
         subplot_kw={"frame_on": False, "xticks": [], "yticks": []},
     ) as axes:
         for axis, (picture, title) in zip(axes.flat, named, strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            axis.set_title(title, fontsize=9, pad=2, loc=place)
+            axis.set_title(title, fontsize=points, pad=2, loc=place)
 
 
 def block_diagram(*, alt: str) -> None:

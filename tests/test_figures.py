@@ -310,6 +310,8 @@ def test_rows_of_pictures_may_differ_in_size_and_colour(monkeypatch):
     rows = {"small": grey, "large": colour}
     small, large = drawn(lambda: figures.image_rows(rows, columns=3), monkeypatch).axes
     assert [axis.get_title(loc="left") for axis in (small, large)] == ["small", "large"]
+    named = [text for axis in (small, large) for text in axis.findobj(Text) if text.get_text()]
+    assert [text.get_fontsize() for text in named] == [12, 12]  # a row has room for it
     # The first three, each with a white rim.
     strip = np.ones((7, 21))
     for k in range(3):
