@@ -657,9 +657,9 @@ DECAYED = (
         "second hand",
         "how well pixels can be read from the last state, with decay and without",
         needs="a probe of the last state for pixels and high frequencies",
-        note="The weight of the stem in the last state is exact (E1). In the kept nets of 30 epochs "
-        "(one seed each) the stem wrote a quarter to a third of the last state, with decay nothing "
-        "(chapter 9). Whether it hinders is not settled by that.",
+        note="The weight of the stem in the last state is exact (E1). In the kept nets of 30 "
+        "epochs (one seed each) the stem wrote a quarter to a third of the last state, with decay "
+        "nothing (chapter 9). Whether it hinders is not settled by that.",
         where="5 fig-05-weights; 7; 9 fig-09-shares",
     ),
     Claim(
