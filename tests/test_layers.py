@@ -28,7 +28,7 @@ FORBIDDEN = {
     **{tool: MODELS | (TOOLS - {tool}) for tool in TOOLS},
     **{name: MODELS for name in ("figures", "widgets", "checks")},
 }
-MOST_FILES, MOST_LINES, MEDIAN_FUNCTION, LONGEST_FUNCTION = 19, 3033, 9, 60
+MOST_FILES, MOST_LINES, MEDIAN_FUNCTION, LONGEST_FUNCTION = 19, 3034, 9, 60
 NOT_HERE = {"torchvision", "timm", "diffusers", "pickle", "dill", "cloudpickle", "joblib"}
 # Heavy or often absent: imported where it is used, not with the package.
 LAZY = {"datasets", "ipywidgets", "transformers", "pyarrow"}
