@@ -609,10 +609,10 @@ DECAYED = (
         (
             *rows(SHORT, "decay", SWEEP, KNN),
             *(
-                replace(row, label=f"{title}, `{arm}` against `skips-only`, kNN, last block")
-                for title, *where in SHORT + STEPS
-                for arm in (SWEEP if title == "15 epochs" else SWEEP[3:])
-                for row in rows(((title, *where),), arm, ("skips-only",), KNN, beside=True)
+                replace(row, label=f"{net[0]}, `{arm}` against `skips-only`, kNN, last block")
+                for net in SHORT + STEPS
+                for arm in (SWEEP if net in SHORT else SWEEP[3:])
+                for row in rows((net,), arm, ("skips-only",), KNN, beside=True)
             ),
             *rows((("undamped", "decay", "{}-undamped"),), "decay", SWEEP[:2], KNN, beside=True),
             *rows(SHORT, "decay", ("decay-undamped",), KNN, LOSS, beside=True),
