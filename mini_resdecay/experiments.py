@@ -486,7 +486,7 @@ def _masked(
         _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, wider, rate),
         "arXiv 2404.10947, masked autoencoders, on other images",
         _EXPECTS.get(expects or arm, _EXPECTS["decay"]),
-        minutes, 1.5 + 2 * deeper * wider, seeds, turn, keeps,
+        minutes, 1.5 + 2 * deeper * wider + ("data" in (also or {})), seeds, turn, keeps,
     )  # fmt: skip
 
 
