@@ -481,6 +481,7 @@ def _masked(
     `epochs` are those of the three tiers; `deeper`, `wider` and `rate` are factors: of the depth,
     of width and heads, and of the learning rate.
     """
+    # Another set than CIFAR-10 is one of larger images, which take a GiB more.
     return Experiment(
         study, name.format(arm),
         _tiers(_SIZES, epochs, _ARMS[arm] | dict(also or {}), deeper, wider, rate),
@@ -1107,7 +1108,7 @@ def _quality(logits: Tensor, y: Tensor) -> dict[str, float]:
 def _masked_training(recipe: MaskedRecipe, seed: int, train: ImageSet, cpu: bool = False) -> Any:
     """The state, batches and step of a run: what `fit` takes."""
     set_seed(seed)
-    net = _mae_of(recipe, *train.images.shape[1:3])
+    net = _mae_of(recipe, train.images.shape[2], train.images.shape[1])
     return _generative_training(
         recipe, seed, train, cpu, net, net.encoder, _reconstruct,
         _crop_and_flip,
@@ -1162,7 +1163,7 @@ def encoder_of(recipe: MaskedRecipe, side: int, channels: int) -> ViT:
     return encoder
 
 
-def _mae_of(recipe: MaskedRecipe, channels: int, side: int) -> MAE:
+def _mae_of(recipe: MaskedRecipe, side: int, channels: int) -> MAE:
     net = MAE(
         encoder_of(recipe, side, channels),
         recipe.decoder_dim,
@@ -1185,7 +1186,7 @@ def kept_mae(run: results.Run, root: str | Path | None = None) -> MAE:
     require("run", f"{run.study}-{run.arm}", "mae.token" in kept, "have kept its decoder")
     recipe = MaskedRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"})
     patches, pixels = len(kept["stem.positions"]) - 1, kept["stem.embed.weight"].shape[1]
-    net = _mae_of(recipe, pixels // recipe.patch**2, recipe.patch * math.isqrt(patches))
+    net = _mae_of(recipe, recipe.patch * math.isqrt(patches), pixels // recipe.patch**2)
     whole = ((k if k.startswith("mae.") else f"mae.encoder.{k}", v) for k, v in kept.items())
     net.load_state_dict({k.removeprefix("mae."): v for k, v in whole})
     return net.eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mini_resdecay import experiments
 from mini_resdecay.checks import EXERCISES, check
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
@@ -37,6 +38,7 @@ def exercises(path: Path) -> dict[str, tuple[str, str]]:
 
 # Answers that a solution gives in words, not in code.
 IN_WORDS = {
+    "ex-09-6": ((1.0, 0.0, 0.3141, 0.3141), '`check("ex-09-6", (1.0, 0.0, 0.3141, 0.3141))`'),
     "ex-11-5": (0.382, '`check("ex-11-5", 0.382)`'),
     "ex-12-1": (30, "Together 30."),
     "ex-12-2": ((0.10, 50_000), r"0.35 - 0.25 = 0.10$, and $500/n \le 0.01$ from $n = 50\,000$ on"),
@@ -100,3 +102,8 @@ def test_answer_in_words_stands_in_its_solution_and_is_right(label):
     solution = text.split(f"{{solution-start}} {label}\n")[1].split("{solution-end}")[0]
     assert words in solution
     assert check(label, answer)
+
+
+def test_the_missing_control_is_the_arm_of_the_study():
+    arm = experiments.get("decay-taps").tiers["t4"]
+    assert IN_WORDS["ex-09-6"][0] == (arm.alpha_min, arm.rates_as, arm.taps_as, arm.norms_as)
