@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import known, require
 
 Denoiser = Callable[..., Tensor]
-Pair = tuple[Tensor, Tensor]
+TwoTensors = tuple[Tensor, Tensor]
 
 
 def linear_betas(steps: int) -> Tensor:
@@ -71,7 +71,7 @@ class Diffusion:
         signal, rest = self._scales(t, x0)
         return signal * noise - rest * x0
 
-    def parts(self, value: Tensor, x_t: Tensor, t: Tensor, kind: str | None = None) -> Pair:
+    def parts(self, value: Tensor, x_t: Tensor, t: Tensor, kind: str | None = None) -> TwoTensors:
         """Image x0 and noise in x_t, from a `value` of this kind: "eps", "v", "x0"; else `target`.
 
         "eps" loses digits where little signal is left, "x0" where little noise is.
@@ -84,7 +84,7 @@ class Diffusion:
             return (x_t - rest * value) / signal, value
         return value, (x_t - signal * value) / rest
 
-    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Pair:
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None) -> TwoTensors:
         """Mean, and variance in float64 [B, 1, ...], of x_s given x_t and x0, for s < t.
 
         s is t - 1 unless given; that a given one is below t is trusted.
@@ -97,7 +97,7 @@ class Diffusion:
         mean = of_x0.to(x_t) * x0 + of_x_t.to(x_t) * x_t
         return mean, beta * (1 - before) / (1 - now)
 
-    def ddim(self, x0: Tensor, noise: Tensor, t: Tensor, s: Tensor, eta: float = 0.0) -> Pair:
+    def ddim(self, x0: Tensor, noise: Tensor, t: Tensor, s: Tensor, eta: float = 0.0) -> TwoTensors:
         """Mean, and variance in float64 [B, 1, ...], of x_s for an x_t of these two parts.
 
         eta = 0 is the deterministic step, which also runs backwards (s > t); eta = 1 is

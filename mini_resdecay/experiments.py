@@ -1187,8 +1187,10 @@ def kept_mae(run: results.Run, root: str | Path | None = None) -> MAE:
     recipe = MaskedRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"})
     patches, pixels = len(kept["stem.positions"]) - 1, kept["stem.embed.weight"].shape[1]
     net = _mae_of(recipe, recipe.patch * math.isqrt(patches), pixels // recipe.patch**2)
-    whole = ((k if k.startswith("mae.") else f"mae.encoder.{k}", v) for k, v in kept.items())
-    net.load_state_dict({k.removeprefix("mae."): v for k, v in whole})
+    net.load_state_dict({
+        k.removeprefix("mae.") if k.startswith("mae.") else f"encoder.{k}": v
+        for k, v in kept.items()
+    })  # fmt: skip
     return net.eval()
 
 

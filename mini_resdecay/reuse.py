@@ -113,7 +113,7 @@ def cosine(x: Tensor, y: Tensor, centre: bool = False) -> float:
     Raises ValueError for different shapes, values that are not finite, or no row left.
     """
     require("y", tuple(y.shape), x.shape == y.shape, f"have the shape of x, {tuple(x.shape)}")
-    return _only((_centred_cosine_map if centre else _cosine_map)([x, y]))
+    return _only(_cosine_map([_centred(x), _centred(y)] if centre else [x, y]))
 
 
 def centred_cosine(x: Tensor, y: Tensor) -> float:
@@ -176,10 +176,6 @@ def _cosine_map(features: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def _centred_cosine_map(features: Sequence[Tensor]) -> Tensor:
-    return _cosine_map([_centred(x) for x in features])
-
-
 def _cka_map(features: Sequence[Tensor]) -> Tensor:
     return _normalised(_overlaps([_centred(x) for x in features]))
 
@@ -204,7 +200,7 @@ def _debiased_cka_map(features: Sequence[Tensor]) -> Tensor:
 
 _MAPS: dict[Callable[..., float], Callable[[Sequence[Tensor]], Tensor]] = {
     cosine: _cosine_map,
-    centred_cosine: _centred_cosine_map,
+    centred_cosine: lambda features: _cosine_map([_centred(x) for x in features]),
     linear_cka: _cka_map,
     debiased_cka: _debiased_cka_map,
 }

@@ -219,13 +219,19 @@ def train_together(
     `eps` is Adam's: gradients far below it are damped.
     Changes `nets` in place. Returns the losses [steps, S] in nats, loss t measured before
     update t, and copies of the nets after each number of updates in `snapshots`.
-    Raises ValueError for nets of different shape or rule or under a path mask, and if a loss is
-    not finite.
+    Raises ValueError for nets of different shape or rule, with other branches than `ResidualMLP`
+    has, or under a path mask, and if a loss is not finite.
     """
     shapes = {str(net) for net in nets}
     require("nets", len(shapes), len(shapes) == 1, "be of one architecture")
     if any(block.mask is not None for net in nets for block in paths(net)):
         raise ValueError("nets must be without a path mask: all paths are trained here")
+    for block in paths(nets[0]):
+        kinds = [type(part) for part in block.branch.children()]
+        fits = len(kinds) == 2 and kinds[0] is nn.Linear and kinds[1] in _IN_PLACE
+        require(
+            "nets", block.branch, fits, "have branches of a linear layer and ReLU, tanh or none"
+        )
     stacked = StackedNets(nets, len(x))
     optimizer = torch.optim.Adam(stacked.parameters(), lr=lr, eps=eps, foreach=True)
     labels = repeat(y, "n -> s n", s=len(nets))

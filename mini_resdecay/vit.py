@@ -59,8 +59,7 @@ class Stem(nn.Module):
         )
         places = self.positions[1:]
         if keep is not None:
-            rows = torch.arange(len(keep), device=keep.device)[:, None]
-            patches, places = patches[rows, keep], places[keep]
+            patches, places = patches.take_along_dim(keep[..., None], 1), places[keep]
         cls = repeat(self.cls + self.positions[0], "1 1 d -> b 1 d", b=len(images))
         return torch.cat([cls, self.embed(patches) + places], dim=1)
 

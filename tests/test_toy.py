@@ -381,6 +381,25 @@ def test_a_masked_net_is_not_trained_as_if_it_were_whole():
         train_together([model], *spiral(50), steps=2)
 
 
+@pytest.mark.parametrize(
+    "branch",
+    [
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.GELU()),
+        nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU()),
+        nn.Linear(4, 4),
+    ],
+    ids=["two maps", "GELU", "convolution", "bare"],
+)
+def test_branches_that_joint_training_does_not_know_are_an_error(branch: nn.Module) -> None:
+    """The last map of `two maps` was once left out without a word."""
+    net = ResidualMLP(2, 4)
+    for block in paths(net):
+        block.branch = copy.deepcopy(branch)
+    with pytest.raises(ValueError, match="nets must have branches of a linear layer and ReLU"):
+        train_together([net], *spiral(8), steps=1)
+
+
 @pytest.mark.parametrize("shortcut", ["learned", "identity-drop", "scaled-sum", "branch-scaled"])
 def test_rules_that_joint_training_does_not_know_are_an_error(shortcut):
     odd = ResidualMLP(2, 4, shortcut=shortcut)
