@@ -66,8 +66,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "not run": {"fc": "white", "ec": GREY, "ls": ":", "lw": 1.4},
     "run in one of two passes, updated": {"fc": "#F7DCA6", "ec": VERMILLION, "hatch": ".."},
 }
-_OTHERS = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY)
-OTHER_STYLES = [*map(Style, _OTHERS, "os^Dv<P", ("-", "--", "-.", ":", "-", "--", "-."))]
+OTHER_STYLES = [
+    *map(
+        Style,
+        (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY),
+        "os^Dv<P",
+        ("-", "--", "-.", ":", "-", "--", "-."),
+    )
+]
 
 HOUSE: dict[str, Any] = {
     "font.size": 11,
@@ -209,6 +215,8 @@ def curves(
             if window:
                 axis.axvspan(*window, color="#e6e6e6", zorder=0)
             axis.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
+        for axis in axes.flat[: len(panels)][-shape[1] :]:  # those above a gap, too
+            axis.tick_params(labelbottom=True)
         plt.setp(axes[:, 0], ylabel=f"{ylabel}, log scale" if log else ylabel, ylim=ylim)
         several = any(len(seeds) > 1 for lines in panels.values() for seeds in lines.values())
         heading = "thin: each seed; thick: mean over seeds" if several else None
@@ -519,9 +527,12 @@ def path_rows(mask: Any) -> dict[str, list[str]]:
 def _array(name: str, value: Any, *shape: int) -> Array:
     """The value as float64 on the CPU; -1 in `shape` stands for any length."""
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, np.float64)
-    fits = len(shape) == array.ndim and array.size > 0
-    if not fits or any(n not in (-1, m) for n, m in zip(shape, array.shape, strict=True)):
-        raise ValueError(f"{name} must have shape {shape} (-1: any length), got {array.shape}")
+    fits = (
+        len(shape) == array.ndim
+        and array.size > 0
+        and all(n in (-1, m) for n, m in zip(shape, array.shape, strict=True))
+    )
+    require(name, array.shape, fits, f"have shape {shape} (-1: any length)")
     return array
 
 

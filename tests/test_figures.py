@@ -162,6 +162,9 @@ def test_more_than_three_panels_go_on_in_a_second_row(monkeypatch):
     fig = drawn(lambda: figures.curves(LAYERS, panels, "layer", "loss", alt=ALT), monkeypatch)
     assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == [*panels]
     assert [axis.get_ylabel() for axis in fig.axes] == ["loss", "", "", "loss", "", ""]
+    # Numbers stand under each column, above the gap as well.
+    shown = [axis.xaxis.get_tick_params()["labelbottom"] for axis in fig.axes[:5]]
+    assert shown == [False, False, True, True, True]
 
 
 def test_long_names_of_bars_stand_aslant(monkeypatch):
