@@ -640,14 +640,15 @@ DECAYED = (
             ),
         ),
         note="The correlation takes the arms that have three seeds, if these are six or more; at "
-        "first it waited for all of them. That was changed when the +0.97 of chapter 9, over the "
-        "means of 12 nets (`decay` and `rates-taps` count once), was known. "
+        "first it waited for all of them. That was changed when the then +0.97 of chapter 9, over "
+        "the means of 12 nets (`decay` and `rates-taps` count once), was known. "
         "That decay lowers the rank shows in the lines *beside*; that low rank goes with good "
         "features does not follow: B1 says what became of the accuracy of the same nets. The mean "
         "of the features is one large singular value, so that the rank is better centred (chapter "
         "8). In nets with random branches, rank falls with the factor before any training "
         "(chapter 5, live). On the way of one net rank and accuracy mostly rise together, and at "
-        "equal accuracy the rank of `decay` is the lower one (chapter 9).",
+        "equal accuracy the rank of `decay` was the lower one in the few runs that recorded it "
+        "(chapter 9).",
         where="5 fig-05-rank; 8; 9 fig-09-rank",
     ),
     Claim(
@@ -861,13 +862,13 @@ DECAYED = (
         ),
         note="`rates-taps` and `decay` are one net: where no scaling rounds, a test finds the same "
         "losses bit for bit, in bf16 too. So what they differ by comes from rounding, made large "
-        "by training. After 15 epochs it leans to one side in two measures; with four times the "
-        "steps in none. Seeds 3 and 4 of `rates-taps` at 15 epochs were added after three had been "
-        "seen. With four times the steps either half alone takes from the last block what "
-        "decay takes, up to the intervals. "
+        "by training. After 15 epochs all five measures lean to one side, two of them without 0; "
+        "with four times the steps none is. Seeds 3 and 4 of `rates-taps` at 15 epochs were "
+        "added after three had been seen. "
         "E3 settles one half without a run: without taps, from zero initialisation, decay and "
-        "learning-rate groups are one and the same. If groups alone give the gain, the reading "
-        "by shortcuts is idle; if scaled taps alone give it, the long skips are the cause. "
+        "learning-rate groups are one and the same. With four times the steps either half alone "
+        "spoils the last block, `rates` less firmly (by the probe its interval holds 0); that the "
+        "whole does more is not shown. "
         "Of generated images: B11.",
         where="5 fig-05-equal; 9",
     ),
