@@ -319,10 +319,15 @@ def rows(
 
 
 def extra(
-    arm: str, controls: Sequence[str], *measures: tuple[str, str, int]
+    arm: str,
+    controls: Sequence[str],
+    *measures: tuple[str, str, int],
+    net: tuple[str, str, str] = ("", "decay", "{}"),
 ) -> tuple[Comparison, ...]:
     """Rows of the study `decay` that do not decide and name their arm."""
-    return rows(((f"`{arm}`", "decay", "{}"),), arm, controls, *measures, beside=True)
+    title, study, name = net
+    named = (f"{title}, `{arm}`".removeprefix(", "), study, name)
+    return rows((named,), arm, controls, *measures, beside=True)
 
 
 def tuned(arm: str, rates: Mapping[str, float] = TUNED) -> str:
@@ -841,21 +846,9 @@ DECAYED = (
             *extra("rates", ("norms",), KNN),
             *extra("taps", ("norms",), KNN),
             *extra("rates-taps", ("decay",), LOSS, READERS[2]),
-            *(
-                row
-                for arm, control, measures in (
-                    ("rates", "norms", (KNN,)),
-                    ("taps", "norms", (KNN,)),
-                    ("rates-taps", "decay", (LOSS, READERS[2])),
-                )
-                for row in rows(
-                    ((f"four times the steps, `{arm}`", "decay", "steps-{}"),),
-                    arm,
-                    (control,),
-                    *measures,
-                    beside=True,
-                )
-            ),
+            *extra("rates", ("norms",), KNN, net=STEPS[0]),
+            *extra("taps", ("norms",), KNN, net=STEPS[0]),
+            *extra("rates-taps", ("decay",), LOSS, READERS[2], net=STEPS[0]),
             *rows(
                 (("float32", "decay", "float32-{}"),), "rates-taps", ("decay",), LOSS, beside=True
             ),
