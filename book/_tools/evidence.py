@@ -548,8 +548,8 @@ DECAYED = (
             *rows(SHORT, "scaled-sum", ("decay",), KNN, RANK, LOSS, beside=True),
             *rows(OTHER_SIZES[:1], "scaled-sum", ("skips-only", "decay"), KNN, beside=True),
         ),
-        note="E2 predicts the second half: a branch scaled by one number has a flat gain profile. The "
-        "first half has the other sign here: √½ on both costs, √½ on the branch alone does not show.",
+        note="E2 predicts the second half: a branch scaled by one number has a flat gain profile. "
+        "The first has the other sign here: √½ on both costs, on the branch alone nothing shows.",
         where="5; 9",
     ),
     Claim(
