@@ -132,7 +132,7 @@ class MaskedRecipe(Recipe):
     `rates_as`, `taps_as` and `norms_as` give the encoder what a ramp down to that `alpha_min`
     does apart from its shortcuts: the rates of the output projections (`gain_groups`, of plain
     shortcuts only), the size of the taps, the eps of the norms (1: as in a plain net). 0 leaves
-    them. All ramps are of one `kind`.
+    them. All ramps are of one `kind`. `zero_init` is that of the decoder, too, its skips and head.
     `precision` "half": fp16 on GPUs without bf16, else bf16; the record's device says which.
     `tuned_images`: of the train split, on which copies of the encoder are fine-tuned, before the
     training (from scratch, that is) and after it; 0 leaves it out. Not a part of `repr`, since

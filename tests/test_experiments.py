@@ -54,7 +54,7 @@ REPLAYED = [
     "mae-standard",
     "mae-decay",
     "decay-rates-taps",
-    "decay-standard-xavier",  # from a zero start the first losses of all arms are nearly the same
+    "decay-decay-xavier",  # from a zero start the first losses of all arms are nearly the same
     "judge-fashion-mnist",
     "diffusion-plain",
     "diffusion-rates",

@@ -518,7 +518,7 @@ DECAYED = (
             ),
             *rows(OTHER_SIZES, "decay", BOTH, KNN),
             *rows(MASKED, "decay", BOTH, *READERS, beside=True),
-            *extra("decay-xavier", ("skips-only-xavier",), KNN),
+            *extra("decay-xavier", ("skips-only-xavier",), KNN, *READERS),
             *(
                 replace(row, label=f"kNN, last block, against {floor}", before=path)
                 for floor, path in (
@@ -659,10 +659,10 @@ DECAYED = (
         "about low rank and good features. That decay ends below its controls in rank shows in "
         "the lines *beside*; that its features are better does not follow: B1 says what became of "
         "the accuracy of the same nets. The mean of the features is one large singular value, so "
-        "that the rank is better centred (chapter 8). In nets with random branches, rank falls "
-        "with the factor before any training (chapter 5, live). On the way of one net rank and "
-        "accuracy mostly rise together, and at equal accuracy the rank of `decay` was the lower "
-        "one in the few runs that recorded it (chapter 9).",
+        "that the rank is better centred (chapter 8). Of Gaussian tokens, in nets with random "
+        "branches, rank falls with the factor before any training (chapter 5, live). On the way of "
+        "one net rank and accuracy mostly rise together, and at equal accuracy the rank of `decay` "
+        "was the lower one in the few runs that recorded it (chapter 9).",
         where="5 fig-05-rank; 8; 9 fig-09-rank",
     ),
     Claim(
@@ -868,9 +868,9 @@ DECAYED = (
         "sizes explain decay at both lengths, and taps at neither. "
         "`rates-taps` and `decay` are one net: where no scaling rounds, a test finds the same "
         "losses bit for bit, in bf16 too. So what they differ by comes from rounding, made large "
-        "by training. After 15 epochs all five measures lean to one side, two of them without 0; "
-        "with four times the steps none is. Seeds 3 and 4 of `rates-taps` at 15 epochs were "
-        "added after three had been seen. "
+        "by training. Over 15 epochs two of "
+        "five measures excluded 0 with three seeds, so that seeds 3 and 4 of `rates-taps` were "
+        "added; with five none does. "
         "E3 settles one half without a run: without taps, from zero initialisation, decay and "
         "learning-rate groups are one and the same. With four times the steps either half alone "
         "spoils the last block, `rates` less firmly (by the probe its interval holds 0); that the "
@@ -925,7 +925,8 @@ DECAYED = (
         ),
         needs="smaller last factors from random branches",
         note="The rule that the study fixed asks something else of the same runs, whether the zero "
-        "start is what makes decay harm: chapter 9 and B1 print the differences for that.",
+        "start is what makes decay harm: chapter 9 and B1 print the differences for that. Norms "
+        "are not recorded; what is contradicted is the use for the last block, at one ramp.",
         where="9",
     ),
 )
