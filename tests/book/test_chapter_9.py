@@ -98,9 +98,9 @@ def test_every_record_of_the_decay_study_would_have_its_number(
     arms = {one.arm for one in experiments.EXPERIMENTS.values() if one.study == "decay"}
     sized = re.compile("(?:deep|tiny|steps|wide|mask|long|float32)-")
     assert {sized.sub("", arm) for arm in arms} <= printed | {"untrained"}
-    assert len(re.findall("raw pixels have", told)) == len(names["STUDIES"]) == 9
+    assert len(re.findall("raw pixels have", told)) == len(names["STUDIES"]) == 10
     assert len(re.findall("fine-tuned from .* 0.777±0.000 0.777±0.000", trials)) == 3
-    assert len(re.findall(r"^.* [+-]\d\.\d{3} \(\d\) [+-]", trials, re.MULTILINE)) == 8
+    assert len(re.findall(r"^.* [+-]\d\.\d{3} \(\d\) [+-]", trials, re.MULTILINE)) == 9
     assert "of the zero start: " in trials
     verdicts = trials.partition("15 epochs, seeds: 5")[2].partition("seeds: ")[0]
     assert re.search(r"^decay-xavier +skips-only-xavier +3 [+-]", verdicts, re.MULTILINE)
