@@ -512,6 +512,11 @@ def _masked(
     )  # fmt: skip
 
 
+def _trial_seeds(tuned: Mapping[str, float], arm: str, rate: float) -> tuple[int, ...]:
+    """Three for the rate that won an arm's trial, one for the others."""
+    return (0, 1, 2) if tuned.get(arm) == rate else (0,)
+
+
 _long, _TUNE = partial(_masked, turn=5, epochs=(12, 90, 800), minutes=45), {"tuned_images": 1200}
 _DENOISERS = {
     "cpu": DiffusionRecipe(images=1000, samples=100, sampling_steps=10, guided=50, measured=200),
@@ -609,14 +614,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             for a in _FIRST
         ),
         *(
-            _masked(
-                f"{{}}-lr-{r:g}",
-                a,
-                1,
-                "trial",
-                rate=r,
-                seeds=(0, 1, 2) if TUNED.get(a) == r else (0,),
-            )
+            _masked(f"{{}}-lr-{r:g}", a, 1, "trial", rate=r, seeds=_trial_seeds(TUNED, a, r))
             for a in RULED
             for r in (0.25, 0.5, 2.0)
         ),
@@ -659,11 +657,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         *(
             _diffusion(
-                f"{a}-lr-{r:g}",
-                1,
-                _GENERATORS[0][a],
-                r,
-                seeds=(0, 1, 2) if TUNED_DENOISERS.get(a) == r else (0,),
+                f"{a}-lr-{r:g}", 1, _GENERATORS[0][a], r, _trial_seeds(TUNED_DENOISERS, a, r)
             )
             for a in ("plain", "decay")
             for r in (0.5, 2.0)
@@ -1393,8 +1387,11 @@ def _judge(recipe: DiffusionRecipe, test: ImageSet) -> tuple[Any, str, Tensor]:
             ImageRecipe(**{k: v for k, v in run.recipe.items() if k != "tier"}), test
         )
     judge.load_state_dict(weights, assign=True)
-    real = to_float(_few(test, 5 * recipe.samples).images)
-    return judge, run.metrics["encoder"]["sha256"], _features(judge, real)
+    return (
+        judge,
+        run.metrics["encoder"]["sha256"],
+        _features(judge, to_float(_few(test, 5 * recipe.samples).images)),
+    )
 
 
 def _features(judge: nn.Module, images: Tensor) -> Tensor:
@@ -1528,8 +1525,9 @@ _HOW: dict[type, tuple[Any, Any, Any, Any]] = {
 def first_losses(recipe: Any, seed: int, train: ImageSet | None = None) -> list[float]:
     """The first five losses of a run, in float32 on the CPU: what a test replays."""
     if isinstance(recipe, SpiralRecipe):
-        recipe = replace(recipe, steps=min(10, recipe.steps))
-        return _train_spiral(recipe, _spiral_net(recipe, seed), seed)[:5]
+        return _train_spiral(
+            replace(recipe, steps=min(10, recipe.steps)), _spiral_net(recipe, seed), seed
+        )[:5]
     exact = {"precision": "no"} if hasattr(recipe, "precision") else {}
     state, batches, step = _HOW[type(recipe)][0](replace(recipe, **exact), seed, train, cpu=True)
     state.scheduler = None  # all at the rate of the first
